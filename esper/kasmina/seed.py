@@ -1,0 +1,282 @@
+"""A seed: a branch at a site, with a stage and a weight α."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from esper.errors import CheckpointError, GrowthError
+from esper.kasmina.autograd import guard_gradient, guarded_add, isolate
+from esper.kasmina.layer import Tap, primary, replace_primary
+from esper.kasmina.sites import Site
+from esper.messages import Stage
+
+__all__ = ["Seed", "SeedState", "decode_state"]
+
+
+class SeedState(msgspec.Struct):
+    """All of a seed but its weights, as it travels inside the state dict.
+
+    Attributes:
+        seed_id: Unique in its model for good; a module name (no dots).
+        site: Where it stands.
+        blueprint: Registered name of what it is made of.
+        size: Units, rank or channels, as its blueprint understands it.
+        stage: Current stage.
+        alpha: Weight of the contribution in [0, 1].
+        age_steps: Optimizer steps since germination.
+        stage_age_steps: Optimizer steps since the current stage was entered.
+        non_finite: Forward passes whose contribution held a NaN or an inf.
+        output_projections: See :class:`~esper.kasmina.sites.BuildContext`.
+        facts: Last measured facts by name (gradient norm, contribution, ...).
+        contributions: Held-out loss with the seed off minus on, one a measurement in this stage.
+    """
+
+    seed_id: str
+    site: Site
+    blueprint: str
+    size: int
+    stage: Stage = "germinated"
+    alpha: float = 0.0
+    age_steps: int = 0
+    stage_age_steps: int = 0
+    non_finite: int = 0
+    output_projections: tuple[str, ...] = ()
+    facts: dict[str, float] = msgspec.field(default_factory=dict)
+    contributions: list[float] = msgspec.field(default_factory=list)
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder(SeedState)
+
+
+class Seed(nn.Module):
+    """A branch that adds to a host layer's output according to its stage.
+
+    Args:
+        state: What and where it is.
+        branch: The module that computes the contribution.
+        reads: ``source`` (the tensor at the site's source), ``output`` (the target's own output),
+            or ``block`` (the branch is a further block: its contribution is its output minus its input).
+        tap: Filled by the source layer when that is not the target.
+        radius: Relative length of the step an isolated seed is fitted to.
+    """
+
+    alpha: Tensor
+    non_finite: Tensor
+
+    def __init__(self, state: SeedState, branch: nn.Module, reads: str, tap: Tap | None, radius: float) -> None:
+        super().__init__()
+        self.branch = branch
+        self.reads = reads
+        self.tap = tap
+        self.radius = radius
+        self._state = state
+        self._override: float | None = None
+        self.observed: tuple[Tensor, Tensor] | None = None
+        self.observing = False
+        # Buffers, not Python numbers: a blending step then neither recompiles nor syncs a device.
+        self.register_buffer("alpha", torch.tensor(state.alpha), persistent=False)
+        self.register_buffer("non_finite", torch.tensor(state.non_finite), persistent=False)
+        self._quiet_dropout()
+
+    @property
+    def state(self) -> SeedState:
+        """The seed's record with the current α and counts read back from their buffers."""
+        self._state.alpha = float(self.alpha)
+        self._state.non_finite = int(self.non_finite)
+        return self._state
+
+    @property
+    def seed_id(self) -> str:
+        """Unique name of the seed in its model."""
+        return self._state.seed_id
+
+    @property
+    def site(self) -> Site:
+        """Where the seed stands."""
+        return self._state.site
+
+    @property
+    def blueprint(self) -> str:
+        """Registered name of what the seed is made of."""
+        return self._state.blueprint
+
+    @property
+    def size(self) -> int:
+        """Units, rank or channels of the branch."""
+        return self._state.size
+
+    @property
+    def stage(self) -> Stage:
+        """Current stage."""
+        return self._state.stage
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the branch."""
+        return sum(p.numel() for p in self.branch.parameters())
+
+    def enter(self, stage: Stage, alpha: float) -> None:
+        """Take on ``stage`` with weight ``alpha``; legality is the lifecycle's business."""
+        self._state.stage = stage
+        self._state.stage_age_steps = 0
+        self._state.contributions = []
+        self.alpha.fill_(alpha)
+        self._quiet_dropout()
+
+    def set_alpha(self, alpha: float) -> None:
+        """Set the weight of the contribution, in place and without a device sync."""
+        self.alpha.fill_(alpha)
+
+    @contextmanager
+    def overridden(self, alpha: float) -> Iterator[None]:
+        """Act with weight ``alpha`` whatever the stage, for a held-out comparison without gradients."""
+        self._override, previous = alpha, self._override
+        try:
+            yield
+        finally:
+            self._override = previous
+
+    def train(self, mode: bool = True) -> Seed:
+        """Switch mode; an isolated seed's dropout stays off so that it draws no host random numbers."""
+        super().train(mode)
+        self._quiet_dropout()
+        return self
+
+    def forward(self, x: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the host output ``y`` with this seed's contribution, as its stage has it.
+
+        Args:
+            x: First input of the target layer.
+            y: Its output so far (a tensor, or a tuple or list that begins with one).
+            args: The target's further positional arguments, for a stacked block.
+            kwargs: The target's keyword arguments, for a stacked block.
+        """
+        if self.site.functional:
+            return y  # the contribution is already in the weight that made y
+        source = self.tap.take() if self.tap is not None else x
+        stage = self.stage
+        host = primary(y)
+        if self._override is not None:
+            if self._override == 0.0:
+                return y
+            s = self._contribution(source, host, args, kwargs)
+            return replace_primary(y, guarded_add(host, s, torch.full_like(self.alpha, self._override)))
+        if stage == "germinated" or (stage == "training" and not torch.is_grad_enabled()):
+            return y
+        if stage == "training":
+            s = self._contribution(source, host, args, kwargs, detach=True)
+            self._note(s, host)
+            return replace_primary(y, isolate(host, s, self.radius))
+        if stage == "fossilized":
+            return replace_primary(y, host + self._contribution(source, host, args, kwargs))
+        s = self._contribution(source, host, args, kwargs, guard=True)
+        self._note(s, host)
+        return replace_primary(y, guarded_add(host, s, self.alpha))
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """Return the host's ``weight`` with this seed's contribution (functional sites only).
+
+        Args:
+            weight: The target's weight so far, [out_features, in_features].
+        """
+        stage = self.stage
+        if self._override is None and (stage == "germinated" or (stage == "training" and not torch.is_grad_enabled())):
+            return weight
+        delta = self.branch.delta_weight().to(weight.dtype)
+        if self._override is not None:
+            return guarded_add(weight, delta, torch.full_like(self.alpha, self._override))
+        if stage == "fossilized":
+            return weight + delta
+        self._note(delta, weight)
+        return isolate(weight, delta, self.radius) if stage == "training" else guarded_add(weight, delta, self.alpha)
+
+    def get_extra_state(self) -> Tensor:
+        """The seed's record as JSON bytes in a uint8 tensor, so that any state-dict format carries it."""
+        return torch.frombuffer(bytearray(_ENCODER.encode(self.state)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take on a record written by :meth:`get_extra_state`.
+
+        Raises:
+            CheckpointError: The bytes are not a seed record.
+        """
+        self.adopt(decode_state(state, self._state.seed_id))
+
+    def adopt(self, state: SeedState) -> None:
+        """Replace the seed's record, with α and counts."""
+        self._state = state
+        self.alpha.fill_(state.alpha)
+        self.non_finite.fill_(state.non_finite)
+        self._quiet_dropout()
+
+    def extra_repr(self) -> str:
+        state = self._state
+        return f"{state.blueprint}({state.size}) at {state.site.name}, {state.stage}, alpha={float(self.alpha):.3g}"
+
+    def _contribution(
+        self, source: Any, host: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+        *, detach: bool = False, guard: bool = False,
+    ) -> Tensor:  # fmt: skip
+        x = host if self.reads in ("output", "block") else source
+        if x is None:
+            raise GrowthError(
+                f"seed {self.seed_id} at {self.site.name}: layer {self.site.source!r} should have run before "
+                f"{self.site.target!r} in this forward pass, but did not. Cull the seed, or call both layers."
+            )
+        if detach:
+            x = x.detach()
+        elif guard:
+            x = guard_gradient(x)
+        if self.reads == "block":
+            # The block's named inputs may include its first one when the host calls it by keyword.
+            rest = {k: v for k, v in kwargs.items() if args or k != self._first_keyword(kwargs)}
+            s = primary(self.branch(x, *args, **rest)) - x
+        else:
+            s = self.branch(x)
+        return s if s.dtype == host.dtype else s.to(host.dtype)
+
+    @staticmethod
+    def _first_keyword(kwargs: dict[str, Any]) -> str | None:
+        return next(iter(kwargs), None)
+
+    def _note(self, s: Tensor, host: Tensor) -> None:
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.non_finite += ~torch.isfinite(s).all()
+            if self.observing:
+                self.observed = (s.detach(), host.detach())
+
+    def _quiet_dropout(self) -> None:
+        # A drawn mask would shift the host's own random stream, which isolation promises not to touch.
+        if self._state.stage in ("germinated", "training"):
+            for module in self.branch.modules():
+                if isinstance(module, nn.modules.dropout._DropoutNd):
+                    module.training = False
+
+
+def decode_state(data: Tensor, where: str) -> SeedState:
+    """Decode a seed record from its uint8 tensor.
+
+    Args:
+        data: As written by :meth:`Seed.get_extra_state`.
+        where: Named in the error.
+
+    Raises:
+        CheckpointError: The bytes are not a seed record.
+    """
+    if not isinstance(data, Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
+        got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise CheckpointError(f"seed record at {where!r}: expected a 1-d uint8 tensor, got {got}")
+    try:
+        return _DECODER.decode(bytes(data.cpu().numpy()))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"seed record at {where!r} cannot be read ({error}); the checkpoint is damaged or from another version"
+        ) from error
