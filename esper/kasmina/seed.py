@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from esper.errors import CheckpointError, GrowthError
+from esper.errors import CheckpointError, GrowthError, LifecycleError
 from esper.kasmina.autograd import guard_gradient, guarded_add, isolate
 from esper.kasmina.layer import Tap, primary, replace_primary
 from esper.kasmina.sites import Site
@@ -32,6 +33,7 @@ class SeedState(msgspec.Struct):
         age_steps: Optimizer steps since germination.
         stage_age_steps: Optimizer steps since the current stage was entered.
         non_finite: Forward passes whose contribution held a NaN or an inf.
+        radius: Relative length of the step that the seed is fitted to while isolated.
         output_projections: See :class:`~esper.kasmina.sites.BuildContext`.
         facts: Last measured facts by name (gradient norm, contribution, ...).
         contributions: Held-out loss with the seed off minus on, one a measurement in this stage.
@@ -46,6 +48,7 @@ class SeedState(msgspec.Struct):
     age_steps: int = 0
     stage_age_steps: int = 0
     non_finite: int = 0
+    radius: float = 0.1
     output_projections: tuple[str, ...] = ()
     facts: dict[str, float] = msgspec.field(default_factory=dict)
     contributions: list[float] = msgspec.field(default_factory=list)
@@ -64,20 +67,19 @@ class Seed(nn.Module):
         reads: ``source`` (the tensor at the site's source), ``output`` (the target's own output),
             or ``block`` (the branch is a further block: its contribution is its output minus its input).
         tap: Filled by the source layer when that is not the target.
-        radius: Relative length of the step an isolated seed is fitted to.
     """
 
     alpha: Tensor
     non_finite: Tensor
 
-    def __init__(self, state: SeedState, branch: nn.Module, reads: str, tap: Tap | None, radius: float) -> None:
+    def __init__(self, state: SeedState, branch: nn.Module, reads: str, tap: Tap | None) -> None:
         super().__init__()
         self.branch = branch
         self.reads = reads
         self.tap = tap
-        self.radius = radius
         self._state = state
         self._override: float | None = None
+        self._body: weakref.ref[Any] | None = None
         self.observed: tuple[Tensor, Tensor] | None = None
         self.observing = False
         # Buffers, not Python numbers: a blending step then neither recompiles nor syncs a device.
@@ -149,6 +151,37 @@ class Seed(nn.Module):
         self._quiet_dropout()
         return self
 
+    def bind(self, body: Any) -> None:
+        """Remember the body, so that :meth:`advance` and :meth:`cull` work by hand."""
+        self._body = weakref.ref(body)
+
+    def advance(self) -> None:
+        """Move to the next stage by hand, past its gate.
+
+        Raises:
+            LifecycleError: There is no next stage.
+        """
+        order: tuple[Stage, ...] = ("germinated", "training", "blending", "holding", "fossilized")
+        if self.stage not in order[:-1]:
+            raise LifecycleError(f"seed {self.seed_id} is {self.stage}; only a seed on its way to fossilized advances")
+        following = order[order.index(self.stage) + 1]
+        # By hand there is no schedule: blending starts half way, so that the seed is undetached and felt.
+        self.enter(following, {"training": 0.0, "blending": 0.5}.get(following, 1.0))
+
+    def cull(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Take the seed out of its model and its parameters out of ``optimizers``.
+
+        Raises:
+            GrowthError: The seed belongs to no attached model.
+        """
+        body = None if self._body is None else self._body()
+        if body is None:
+            raise GrowthError(f"seed {self.seed_id} belongs to no attached model; call attach(model, ...) first")
+        body.cull(self, optimizers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_body": None, "observed": None}
+
     def forward(self, x: Any, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the host output ``y`` with this seed's contribution, as its stage has it.
 
@@ -173,7 +206,7 @@ class Seed(nn.Module):
         if stage == "training":
             s = self._contribution(source, host, args, kwargs, detach=True)
             self._note(s, host)
-            return replace_primary(y, isolate(host, s, self.radius))
+            return replace_primary(y, isolate(host, s, self._state.radius))
         if stage == "fossilized":
             return replace_primary(y, host + self._contribution(source, host, args, kwargs))
         s = self._contribution(source, host, args, kwargs, guard=True)
@@ -195,7 +228,7 @@ class Seed(nn.Module):
         if stage == "fossilized":
             return weight + delta
         self._note(delta, weight)
-        return isolate(weight, delta, self.radius) if stage == "training" else guarded_add(weight, delta, self.alpha)
+        return isolate(weight, delta, self._state.radius) if stage == "training" else guarded_add(weight, delta, self.alpha)
 
     def get_extra_state(self) -> Tensor:
         """The seed's record as JSON bytes in a uint8 tensor, so that any state-dict format carries it."""

@@ -1,0 +1,141 @@
+"""From a traced topology to the places where seeds can attach."""
+
+from __future__ import annotations
+
+from msgspec import structs
+from torch import nn
+
+from esper.kasmina.blueprints import fitting
+from esper.kasmina.sites import BuildContext, Site, site_name
+from esper.kasmina.topology import LayerInfo, ModelTopology
+
+__all__ = ["find_sites"]
+
+_DENSE = (nn.Linear, nn.Conv2d)
+_NORMS = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
+)  # fmt: skip
+_NOT_ADJACENT = ("long",)
+"""Stands in ``Site.ops`` of a bypass over more than one layer: no single non-linearity lies between."""
+
+
+def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
+    """List every site of ``model`` at which at least one registered blueprint fits.
+
+    Args:
+        model: The host that ``topology`` was traced from.
+        topology: Its layers and edges.
+
+    Returns:
+        Sites in data-flow order: parallel, bypass (long ones last), then stack.
+    """
+    usable = {layer.name: layer for layer in topology.layers if _usable(topology, layer)}
+    dense = [layer for layer in usable.values() if isinstance(model.get_submodule(layer.name), _DENSE)]
+    candidates: dict[str, Site] = {}
+    for layer in dense:
+        _add(candidates, _site("parallel", layer, layer))
+    for layer in usable.values():
+        if isinstance(model.get_submodule(layer.name), nn.MultiheadAttention):
+            _add(candidates, _functional_site(layer))
+    for first in dense:
+        for second, ops, through in _next_dense(model, topology, first.name, {layer.name for layer in dense}):
+            _add(candidates, _site("bypass", first, usable[second], ops=ops, through=through))
+    for site in _long_bypasses(model, topology, usable):
+        known = candidates.get(site.name)
+        _add(candidates, structs.replace(known, long=True) if known else site)
+    for layer in usable.values():
+        if layer.output_projections:
+            _add(candidates, _site("stack", layer, layer))
+    return [site for site in (_fitted(model, topology, site) for site in candidates.values()) if site.blueprints]
+
+
+def context_of(model: nn.Module, topology: ModelTopology, site: Site) -> BuildContext:
+    """The build context of ``site``, with a block's output projections from the topology."""
+    projections = topology.layer(site.target).output_projections if site.kind == "stack" else ()
+    return BuildContext(site, model.get_submodule(site.source), model.get_submodule(site.target), projections)
+
+
+def _fitted(model: nn.Module, topology: ModelTopology, site: Site) -> Site:
+    return structs.replace(site, blueprints=fitting(context_of(model, topology, site)))
+
+
+def _usable(topology: ModelTopology, layer: LayerInfo) -> bool:
+    known = layer.num_calls == 1 and len(layer.input_shape) > 0 and len(layer.output_shape) > 0
+    return known and layer.name not in topology.refused
+
+
+def _add(candidates: dict[str, Site], site: Site) -> None:
+    candidates[site.name] = site
+
+
+def _site(
+    kind: str, source: LayerInfo, target: LayerInfo, *, ops: tuple[str, ...] = (), through: tuple[str, ...] = (),
+    long: bool = False,
+) -> Site:  # fmt: skip
+    assert kind in ("parallel", "bypass", "stack")
+    return Site(
+        name=site_name(kind, source.name, target.name),  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
+        source=source.name,
+        target=target.name,
+        source_shape=source.input_shape,
+        target_shape=target.output_shape,
+        ops=ops,
+        through=through,
+        long=long,
+        image=target.image,
+    )
+
+
+def _functional_site(attention: LayerInfo) -> Site:
+    """``out_proj`` of a torch attention module: its weight is read without calling it."""
+    name = f"{attention.name}.out_proj"
+    shape = attention.output_shape
+    return Site(site_name("parallel", name, name), "parallel", name, name, shape, shape, functional=True)
+
+
+def _next_dense(
+    model: nn.Module, topology: ModelTopology, start: str, dense: set[str]
+) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Dense layers fed by ``start`` alone, through operations and at most normalisation layers."""
+    found = []
+    stack: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [(start, (), ())]
+    while stack:
+        name, ops, through = stack.pop()
+        for edge in topology.consumers(name):
+            if len(topology.producers(edge.target)) != 1:
+                continue
+            path = ops + edge.ops
+            if edge.target in dense:
+                same = type_of(model, start) is type_of(model, edge.target)
+                if same:
+                    found.append((edge.target, path, through))
+            elif isinstance(model.get_submodule(edge.target), _NORMS):
+                stack.append((edge.target, path, (*through, edge.target)))
+    return found
+
+
+def type_of(model: nn.Module, name: str) -> type:
+    """``nn.Linear`` or ``nn.Conv2d``, whichever layer ``name`` is a kind of."""
+    layer = model.get_submodule(name)
+    return next(cls for cls in _DENSE if isinstance(layer, cls))
+
+
+def _long_bypasses(model: nn.Module, topology: ModelTopology, usable: dict[str, LayerInfo]) -> list[Site]:
+    """From the host's float input, and from the layer after it, to each output layer."""
+    leaves = [layer for layer in usable.values() if not layer.block]
+    inputs = [layer for layer in leaves if layer.reads_input]
+    if inputs:
+        after = {edge.target for layer in inputs for edge in topology.consumers(layer.name)}
+        early = [layer for layer in leaves if layer.name in after and layer not in inputs]
+    else:  # token hosts: the first layer that is given floats
+        early = [layer for layer in leaves if not layer.type.startswith("Embedding")][:1]
+    outputs = [
+        layer for layer in leaves if layer.is_output and isinstance(model.get_submodule(layer.name), _DENSE)
+    ]
+    return [
+        _site("bypass", source, target, ops=_NOT_ADJACENT, long=True)
+        for target in outputs
+        for source in (*inputs, *early)
+        if source.name != target.name
+    ]

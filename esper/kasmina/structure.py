@@ -1,0 +1,203 @@
+"""Plant and uproot seeds, and make a model's structure follow a state dict.
+
+A seed's structure travels in the state dict itself (:meth:`Seed.get_extra_state`), because
+``save_weights_only`` checkpoints and plain ``torch.save(model.state_dict())`` hold nothing else,
+and Lightning's callback hooks come too late to regrow (LIGHTNING.md §2). A pre-hook on the root
+module reads it before any weight is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import CheckpointError, EsperError, GrowthError
+from esper.kasmina.blueprints import get_blueprint, make_branch
+from esper.kasmina.layer import SEEDS, SeedLayer, Slot, Tap, get_slot, seeds_of, swap_class
+from esper.kasmina.seed import Seed, SeedState, decode_state
+from esper.kasmina.sites import BuildContext, Site
+
+__all__ = [
+    "all_seeds",
+    "build_context",
+    "conform",
+    "follow_state_dict",
+    "has_seeds",
+    "plant",
+    "seed_states_in",
+    "uproot",
+]
+
+
+def all_seeds(model: nn.Module) -> list[Seed]:
+    """Every seed in ``model``, in module order."""
+    return [seed for module in model.modules() for seed in seeds_of(module) if isinstance(seed, Seed)]
+
+
+def has_seeds(model: nn.Module) -> bool:
+    """Whether ``model`` carries any seed."""
+    return any(SEEDS in module._modules for module in model.modules())
+
+
+def build_context(model: nn.Module, site: Site, output_projections: tuple[str, ...] = ()) -> BuildContext:
+    """Look up the layers of ``site`` in ``model``.
+
+    Raises:
+        GrowthError: The model has no such layer.
+    """
+    try:
+        return BuildContext(
+            site, model.get_submodule(site.source), model.get_submodule(site.target), output_projections
+        )
+    except AttributeError as error:
+        raise GrowthError(
+            f"site {site.name!r} needs layers {site.source!r} and {site.target!r}, but the model has "
+            f"no such layer ({error}); was the seed grown in another model?"
+        ) from error
+
+
+def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
+    """Build the seed that ``state`` describes and put it into ``model``.
+
+    Args:
+        model: The host.
+        state: Site, blueprint, size, stage.
+        init_seed: Seeds the branch's random initialisation; the global random state is untouched.
+
+    Returns:
+        The seed, on the device and in the dtype of its target layer.
+
+    Raises:
+        GrowthError: The site or the blueprint does not fit the model. Nothing was changed.
+    """
+    site = state.site
+    context = build_context(model, site, state.output_projections)
+    entry = get_blueprint(state.blueprint)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(init_seed)
+        branch = make_branch(entry, context, state.size, device=torch.device("cpu"))
+    reference = next(context.target_layer.parameters())
+    branch.to(device=reference.device, dtype=reference.dtype)
+    tap = Tap() if site.source != site.target and entry.reads == "source" else None
+    seed = Seed(state, branch, entry.reads, tap)
+    seed.to(device=reference.device)
+    seed.train(context.target_layer.training)
+
+    swap_class(context.target_layer, functional=site.functional)
+    get_slot(context.target_layer)
+    if tap is not None:
+        swap_class(context.source_layer)
+        get_slot(context.source_layer).taps.append(tap)
+    if SEEDS not in context.target_layer._modules:
+        context.target_layer.add_module(SEEDS, nn.ModuleDict())
+    holder = context.target_layer._modules[SEEDS]
+    assert isinstance(holder, nn.ModuleDict)
+    holder[state.seed_id] = seed
+    return seed
+
+
+def uproot(model: nn.Module, seed: Seed) -> None:
+    """Take ``seed`` out of ``model``; what is left is as if it had never been there."""
+    target = model.get_submodule(seed.site.target)
+    holder = target._modules[SEEDS]
+    assert isinstance(holder, nn.ModuleDict)
+    del holder[seed.seed_id]
+    if len(holder) == 0:
+        del target._modules[SEEDS]
+    if seed.tap is not None:
+        source = model.get_submodule(seed.site.source)
+        slot = get_slot(source)
+        slot.taps = [tap for tap in slot.taps if tap is not seed.tap]
+        _rest(source)
+    _rest(target)
+
+
+def _rest(layer: nn.Module) -> None:
+    """Drop the slot of a layer that has nothing to do, so that it costs nothing again."""
+    if isinstance(layer, SeedLayer) and SEEDS not in layer._modules:
+        slot: Slot | None = layer._esper_slot
+        if slot is not None and slot.idle:
+            layer._esper_slot = None
+
+
+def conform(model: nn.Module, wanted: list[SeedState]) -> None:
+    """Plant and uproot until ``model`` carries exactly the ``wanted`` seeds.
+
+    Seeds that are there already, with the same site, blueprint and size, stay as they are.
+
+    Raises:
+        CheckpointError: A wanted seed does not fit the model. Nothing was changed.
+    """
+    present = {seed.seed_id: seed for seed in all_seeds(model)}
+    kept = {
+        state.seed_id
+        for state in wanted
+        if state.seed_id in present and _same_structure(present[state.seed_id].state, state)
+    }
+    missing = [state for state in wanted if state.seed_id not in kept]
+    for state in missing:
+        try:
+            context = build_context(model, state.site, state.output_projections)
+            make_branch(get_blueprint(state.blueprint), context, state.size, device=torch.device("meta"))
+        except EsperError as error:
+            raise CheckpointError(f"seed {state.seed_id!r} of the checkpoint does not fit this model: {error}") from error
+    for seed_id, seed in present.items():
+        if seed_id not in kept:
+            uproot(model, seed)
+    for state in missing:
+        plant(model, state, init_seed=0)
+
+
+def seed_states_in(state_dict: dict[str, Any], prefix: str = "") -> list[SeedState]:
+    """Decode the seed records in a state dict.
+
+    Args:
+        state_dict: Of a grown model.
+        prefix: Where in it the model's own keys begin.
+
+    Raises:
+        CheckpointError: A record cannot be read, or names another place than its key.
+    """
+    states = []
+    for key, value in state_dict.items():
+        parts = key[len(prefix) :].split(".") if key.startswith(prefix) else []
+        if len(parts) >= 3 and parts[-1] == "_extra_state" and parts[-3] == SEEDS:
+            state = decode_state(value, key)
+            if parts[-2] != state.seed_id or ".".join(parts[:-3]) != state.site.target:
+                raise CheckpointError(
+                    f"seed record {key!r} says it is {state.seed_id!r} at {state.site.target!r}; "
+                    "the checkpoint's keys were renamed or damaged"
+                )
+            states.append(state)
+    return states
+
+
+def follow_state_dict(model: nn.Module) -> None:
+    """Make ``model.load_state_dict`` grow or ungrow the model first; does nothing the second time."""
+    for hook in model._load_state_dict_pre_hooks.values():
+        if getattr(hook, "hook", hook) is _before_load:
+            return
+    model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+    missing: list[str], unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    states = seed_states_in(state_dict, prefix)
+    ids = {state.seed_id: state for state in states}
+    for key, value in state_dict.items():
+        parts = key.split(".")
+        if SEEDS in parts and isinstance(value, Tensor):
+            at = parts.index(SEEDS)
+            if key.startswith(prefix) and len(parts) > at + 1 and parts[at + 1] not in ids:
+                raise CheckpointError(
+                    f"the checkpoint holds weights of a seed at {key!r} but no record of what it is; it is incomplete"
+                )
+    conform(module, states)
+
+
+def _same_structure(a: SeedState, b: SeedState) -> bool:
+    return (a.site.name, a.blueprint, a.size) == (b.site.name, b.blueprint, b.size)

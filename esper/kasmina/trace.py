@@ -1,0 +1,378 @@
+"""Find a model's topology by walking the autograd graph of one training step.
+
+Each module's input and output pass through an identity node that carries its name. After the
+forward pass the graph from the loss back to the data *is* the data flow: Python control flow,
+skips and custom modules need no special treatment. The values are not changed by a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from msgspec import structs
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from esper.errors import AttachError
+from esper.kasmina.activations import op_name
+from esper.kasmina.layer import SEEDS, base_class, primary, replace_primary
+from esper.kasmina.topology import Edge, LayerInfo, ModelTopology
+
+__all__ = ["Tracer", "preserved", "trace"]
+
+_IMAGE_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.ConvTranspose2d)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SUMS = ("add", "clone")
+_HOMOGENEOUS = ("reshape", "dropout", "nativedropout", "mul", "div", "tocopy", "view", "unsafeview", "transpose")
+"""Operations that keep zeros zero: allowed between a projection and the residual stream."""
+_PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+
+
+class _Mark(torch.autograd.Function):
+    """Identity with a label; the anchor makes a node exist even where nothing upstream is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, label: _Label) -> Tensor:
+        ctx.label = label
+        return x.clone()  # a copy, not a view: the host may write in place next
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
+
+
+class _Label(NamedTuple):
+    name: str
+    side: str  # "in" or "out"
+    leaf: bool
+
+
+class _Call:
+    """What one module's calls in the traced step looked like."""
+
+    def __init__(self, module: nn.Module, leaf: bool) -> None:
+        self.module, self.leaf = module, leaf
+        self.count = 0
+        self.input_shape: tuple[int, ...] | None = None
+        self.output_shape: tuple[int, ...] | None = None
+        self.entry: Any = None  # autograd node of the marked input
+        self.exit: Any = None
+
+
+class Tracer:
+    """Watches one forward pass of ``model``; :meth:`finish` turns it into a topology.
+
+    Usage::
+
+        with Tracer(model) as tracer:
+            loss = training_step(model, batch)
+        topology = tracer.finish(loss)      # before backward frees the graph
+
+    Compiled regions run eagerly inside the ``with``, because hooks added after compilation are
+    ignored by it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.refused: dict[str, str] = {}
+        self._calls: dict[str, _Call] = {}
+        self._order: list[str] = []
+        self._handles: list[Any] = []
+        self._ops_seen: set[str] = set()
+        self._stance: Any = None
+
+    def __enter__(self) -> Tracer:
+        for name, module in self.model.named_modules():
+            if not name or SEEDS in name.split("."):
+                continue
+            role = self._role(name, module)
+            if role is not None:
+                self._watch(name, module, leaf=role == "leaf")
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def finish(self, loss: Tensor) -> ModelTopology:
+        """Walk the graph behind ``loss`` and return the topology.
+
+        Args:
+            loss: The training loss, before ``backward`` ran.
+
+        Raises:
+            AttachError: The loss has no graph, so nothing can be learned about the data flow.
+        """
+        if loss.grad_fn is None:
+            raise AttachError(
+                "tracing needs a loss that depends on the model through autograd, but the loss has no grad_fn; "
+                "return the undetached loss from training_step, and do not run it under no_grad"
+            )
+        outputs = self._leaf_producers(loss.grad_fn)[0]
+        edges: list[Edge] = []
+        reads_input: set[str] = set()
+        for name in self._order:
+            call = self._calls[name]
+            if call.leaf and call.entry is not None:
+                found, from_data = self._leaf_producers(call.entry)
+                edges.extend(Edge(source, name, ops) for source, ops in found.items())
+                if from_data:
+                    reads_input.add(name)
+        for name, call in self._calls.items():
+            if call.count == 0 and self._is_candidate(call):
+                self.refused[name] = (
+                    "never called as a module in training: its parameters are used functionally, "
+                    "or a fast path skips it; seed the block around it instead"
+                )
+            elif call.count > 1 and self._is_candidate(call):
+                self.refused[name] = f"called {call.count} times in one forward pass: a seed would run each time"
+        layers = [self._info(name, set(outputs), reads_input) for name in self._order]
+        flops = {layer.name: layer.flops for layer in layers if not layer.block}
+        layers = [self._with_block_flops(layer, flops) for layer in layers]
+        ends = [layer for layer in layers if layer.is_output]
+        positions = max((_positions(layer) for layer in ends), default=1)
+        attends = any("scaleddotproduct" in op.lower() or "softmax" in op.lower() for op in self._ops_seen)
+        attends = attends or any(isinstance(call.module, nn.MultiheadAttention) for call in self._calls.values())
+        for call in self._calls.values():
+            call.entry = call.exit = None  # let the step's graph go
+        return ModelTopology(
+            layers=tuple(layers),
+            edges=tuple(edges),
+            refused=dict(self.refused),
+            num_parameters=_host_parameters(self.model),
+            positions=positions,
+            transformer=attends and any(layer.output_projections for layer in layers),
+        )
+
+    def _role(self, name: str, module: nn.Module) -> str | None:
+        own = list(module.parameters(recurse=False))
+        if parametrize.is_parametrized(module):
+            self.refused[name] = "parametrised (weight or spectral norm): its class is generated by torch already"
+            return None
+        if any(is_lazy(p) for p in own):
+            self.refused[name] = "lazy: its parameters do not exist before the first forward pass"
+            return None
+        if isinstance(module, torch.jit.ScriptModule):
+            return None
+        children = any(
+            any(True for _ in child.parameters()) for key, child in module.named_children() if key != SEEDS
+        )
+        if isinstance(module, nn.MultiheadAttention) or (own and not children):
+            return "leaf"
+        if children and not isinstance(module, _CONTAINERS):
+            return "block"
+        if isinstance(module, _CONTAINERS) and children and type(module) is nn.Sequential:
+            self.refused[name] = "an nn.Sequential iterates over its children, so it cannot carry a seed of its own"
+        return None
+
+    def _watch(self, name: str, module: nn.Module, leaf: bool) -> None:
+        call = self._calls[name] = _Call(module, leaf)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call.count += 1
+            if call.count == 1:
+                self._order.append(name)
+            key = None if args else next(iter(kwargs), None)
+            value = args[0] if args else kwargs.get(key or "")
+            if not _markable(value):
+                return None
+            if call.count == 1:
+                call.input_shape = tuple(value.shape[1:])
+            marked = self._mark(value, _Label(name, "in", leaf))
+            if call.count == 1:
+                call.entry = marked.grad_fn
+            if args:
+                return (marked, *args[1:]), kwargs
+            return args, {**kwargs, str(key): marked}
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            value = primary(output)
+            if not _markable(value):
+                return None
+            marked = self._mark(value, _Label(name, "out", leaf))
+            if call.count == 1:
+                call.output_shape = tuple(value.shape[1:])
+                call.exit = marked.grad_fn
+            return replace_primary(output, marked)
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def _mark(self, x: Tensor, label: _Label) -> Tensor:
+        if not torch.is_grad_enabled():
+            return x
+        anchor = torch.zeros((), requires_grad=True)
+        marked: Tensor = _Mark.apply(x, anchor, label)
+        return marked
+
+    def _leaf_producers(self, start: Any) -> tuple[dict[str, tuple[str, ...]], bool]:
+        """Leaf layers that feed ``start``, with the operations on the way, and whether raw data does."""
+        found: dict[str, tuple[str, ...]] = {}
+        from_data = False
+        seen = {start}
+        stack: list[tuple[Any, tuple[str, ...]]] = [(start, ())]
+        while stack:
+            node, ops = stack.pop()
+            label = getattr(node, "label", None)
+            if isinstance(label, _Label):
+                if label.leaf and label.side == "out" and node is not start:
+                    found.setdefault(label.name, tuple(reversed(ops)))
+                    continue
+                if node.next_functions[0][0] is None:
+                    from_data = True
+                successors = node.next_functions[:1]
+            else:
+                name = op_name(node)
+                self._ops_seen.add(name)
+                ops = (*ops, name)
+                successors = node.next_functions
+            for following, _ in successors:
+                if following is not None and following not in seen and type(following).__name__ != "AccumulateGrad":
+                    seen.add(following)
+                    stack.append((following, ops))
+        return found, from_data
+
+    def _residual_projections(self, name: str, call: _Call) -> tuple[str, ...]:
+        """Layers that write to the residual stream of block ``name``; empty if it is no pre-norm block.
+
+        The block's output has to be its input plus outputs of linear layers, so that zeroing these
+        layers makes the block the identity. Every path back from the output is followed through
+        additions and aliases until it meets a layer (which is then a projection) or the block's input.
+        """
+        if call.exit is None or call.entry is None or call.input_shape != call.output_shape:
+            return ()
+        projections: list[str] = []
+        reached_input = False
+        seen = {call.exit}
+        stack: list[tuple[Any, bool]] = [(call.exit, True)]  # (node, only identities so far)
+        while stack:
+            node, pure = stack.pop()
+            label = getattr(node, "label", None)
+            if isinstance(label, _Label):
+                if label.leaf and label.side == "out":
+                    layer = self._calls[label.name].module
+                    linear = isinstance(layer, _PROJECTIONS) or type(layer).__name__ == "Conv1D"
+                    if not linear or not label.name.startswith(f"{name}."):
+                        return ()
+                    projections.append(label.name[len(name) + 1 :])
+                    continue
+                if node is call.entry:
+                    if not pure:
+                        return ()
+                    reached_input = True
+                    continue
+                successors = node.next_functions[:1]
+            else:
+                op = op_name(node).lower().split("backward")[0]
+                if op not in _SUMS:
+                    if op not in _HOMOGENEOUS:
+                        return ()
+                    pure = False
+                successors = node.next_functions
+            for following, _ in successors:
+                if following is not None and following not in seen and type(following).__name__ != "AccumulateGrad":
+                    seen.add(following)
+                    stack.append((following, pure))
+        return tuple(sorted(projections)) if reached_input else ()
+
+    def _info(self, name: str, outputs: set[str], reads_input: set[str]) -> LayerInfo:
+        call = self._calls[name]
+        module = call.module
+        shape = call.output_shape or ()
+        image = isinstance(module, _IMAGE_LAYERS) and len(shape) == 3
+        info = LayerInfo(
+            name=name,
+            type=base_class(module).__name__,
+            input_shape=call.input_shape or (),
+            output_shape=shape,
+            num_parameters=_host_parameters(module),
+            flops=0,
+            num_calls=call.count,
+            block=not call.leaf,
+            image=image,
+            is_output=name in outputs,
+            reads_input=name in reads_input,
+            output_projections=() if call.leaf else self._residual_projections(name, call),
+        )
+        if call.leaf and not isinstance(module, nn.Embedding):
+            matrices = sum(p.numel() for key, p in module.named_parameters() if p.dim() > 1 and SEEDS not in key)
+            info = structs.replace(info, flops=2 * matrices * _positions(info))
+        return info
+
+    @staticmethod
+    def _with_block_flops(layer: LayerInfo, flops: dict[str, int]) -> LayerInfo:
+        if not layer.block:
+            return layer
+        inside = sum(value for name, value in flops.items() if name.startswith(f"{layer.name}."))
+        return structs.replace(layer, flops=inside)
+
+    @staticmethod
+    def _is_candidate(call: _Call) -> bool:
+        return not call.leaf or isinstance(call.module, (nn.Linear, nn.Conv2d))
+
+
+def trace(model: nn.Module, forward: Callable[[], Tensor]) -> ModelTopology:
+    """Trace ``model`` by one call of ``forward``, leaving everything as it was.
+
+    Args:
+        model: The host.
+        forward: Runs the model in training mode and returns a loss.
+
+    Returns:
+        The topology; modes, buffers, random state and gradients are restored.
+    """
+    with preserved(model):
+        model.train()
+        with torch.enable_grad(), Tracer(model) as tracer:
+            loss = forward()
+            return tracer.finish(loss)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore training flags, buffers and the random state when the block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _markable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _positions(layer: LayerInfo) -> int:
+    shape = layer.output_shape[1:] if layer.image else layer.output_shape[:-1]
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _host_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if SEEDS not in name.split("."))
