@@ -235,7 +235,7 @@ class _CallCounter:
     def __init__(self) -> None:
         self.called: set[nn.Module] = set()
 
-    def observe(self, layer: nn.Module, x: Any, y: Any) -> None:
+    def observe(self, layer: nn.Module, x: Any, y: Any, latency_ms: float) -> None:
         self.called.add(layer)
 
 

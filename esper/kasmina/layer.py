@@ -7,6 +7,7 @@ instance would not do: a deepcopy would go on running the original's weights.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -58,8 +59,8 @@ class Tap:
 class Observer(Protocol):
     """Looks at a layer's calls on sampled steps; must not change what it sees."""
 
-    def observe(self, layer: nn.Module, x: Any, y: Any) -> None:
-        """Receive the layer, its first input and its output."""
+    def observe(self, layer: nn.Module, x: Any, y: Any, latency_ms: float) -> None:
+        """Receive the layer, its first input, its output and the time that the call took to issue."""
 
 
 class Slot:
@@ -81,6 +82,7 @@ class Slot:
         self, layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``layer``'s own forward with its taps, seeds and observer."""
+        started = time.perf_counter() if self.observer is not None else 0.0
         x = args[0] if args else next(iter(kwargs.values()), None)
         for tap in self.taps:
             tap.value = x
@@ -90,7 +92,7 @@ class Slot:
             for seed in seeds.children():
                 y = seed(x, y, args[1:], kwargs)
         if self.observer is not None:
-            self.observer.observe(layer, x, y)
+            self.observer.observe(layer, x, y, (time.perf_counter() - started) * 1e3)
         return y
 
 

@@ -1,0 +1,145 @@
+"""Score bypass sites of a live model: one hooked forward and backward, then the arithmetic of expressivity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esper.kasmina.body import Body
+from esper.kasmina.expressivity import (
+    RowPlan,
+    SiteScore,
+    bypass_patches,
+    plan_rows,
+    score_site,
+    scoring_flops,
+    unfold_patches,
+)
+from esper.kasmina.layer import SEEDS, get_slot, primary
+from esper.kasmina.sites import Site
+from esper.kasmina.trace import preserved
+
+__all__ = ["estimate_flops", "score_sites"]
+
+_POOLED = 4
+"""Side of the grid to which an image is pooled before it is compared with a vector, as ``shortcut`` does."""
+
+
+@dataclass
+class _Capture:
+    """Keeps one layer's input and output of one forward pass."""
+
+    x: Any = None
+    y: Any = None
+
+    def observe(self, layer: nn.Module, x: Any, y: Any, latency_ms: float) -> None:
+        self.x, self.y = x, primary(y)
+
+
+def score_sites(
+    body: Body,
+    loss: Callable[[], Tensor],
+    sites: Sequence[Site],
+    *,
+    size: int,
+    generator: torch.Generator,
+    max_samples: int = 1024,
+    num_permutations: int = 16,
+) -> dict[str, SiteScore]:
+    """Score ``sites`` on the batch that ``loss`` runs.
+
+    Args:
+        body: The attached host.
+        loss: Runs the host on a batch and returns its mean loss; called once, in eval mode with gradients,
+            so that neither dropout nor running statistics move.
+        sites: Bypass sites; others, and those no gradient reaches, are left out of the answer.
+        size: Units that would be added.
+        generator: Source of the permutations.
+        max_samples: Cap on rows a site.
+        num_permutations: Size of the null.
+
+    Returns:
+        Site name -> score with its noise floor.
+    """
+    wanted = [site for site in sites if site.kind == "bypass"]
+    captures = {name: _Capture() for site in wanted for name in (site.source, site.target)}
+    model = body.model
+    try:
+        for name, capture in captures.items():
+            get_slot(model.get_submodule(name)).observer = capture
+        with preserved(model), torch.enable_grad():
+            model.eval()
+            value = loss()
+            reached = {
+                name: capture.y
+                for name, capture in captures.items()
+                if isinstance(capture.y, Tensor) and capture.y.requires_grad
+            }
+            grads = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
+    finally:
+        for name in captures:
+            layer = model.get_submodule(name)
+            slot = get_slot(layer)
+            slot.observer = None
+            if slot.idle and SEEDS not in layer._modules:
+                layer._esper_slot = None  # type: ignore[assignment]
+    gradients = dict(zip(reached, grads, strict=True))
+    scores = {}
+    for site in wanted:
+        grad = gradients.get(site.target)
+        rows = None if grad is None else _rows(body, site, captures, grad, max_samples)
+        if rows is not None:
+            A, B, G, plan = rows
+            scores[site.name] = score_site(
+                A, B, G, size, num_permutations=num_permutations, generator=generator,
+                rows_per_example=plan.rows_per_example, max_samples=max_samples,
+            )  # fmt: skip
+    return scores
+
+
+def estimate_flops(body: Body, sites: Sequence[Site], num_samples: int, *, num_permutations: int = 16) -> float:
+    """FLOPs that :func:`score_sites` would cost on a batch of ``num_samples``, before it is run."""
+    total = 3.0 * body.flops * num_samples
+    for site in sites:
+        if site.kind == "bypass":
+            p = min(_width(site.source_shape), 1024)
+            target = body.model.get_submodule(site.target)
+            weight = target._parameters["weight"]
+            c = weight[0].numel() if weight is not None else 1
+            total += scoring_flops(min(num_samples, 1024), p, c, site.target_units, num_permutations=num_permutations)
+    return total
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[-1] if len(shape) < 3 else shape[0] * min(_POOLED, shape[1]) * min(_POOLED, shape[2])
+
+
+def _rows(
+    body: Body, site: Site, captures: dict[str, _Capture], grad: Tensor, max_samples: int
+) -> tuple[Tensor, Tensor, Tensor, RowPlan] | None:
+    """Aligned rows A, B, G of one site; None where source and target positions have no common grid."""
+    source, target = body.model.get_submodule(site.source), body.model.get_submodule(site.target)
+    x, own = captures[site.source].x, captures[site.target].x
+    if not isinstance(x, Tensor) or not isinstance(own, Tensor):
+        return None
+    conv = isinstance(target, nn.Conv2d)
+    grid = tuple(grad.shape[2:] if conv else grad.shape[1:-1])
+    plan = plan_rows(grad.shape[0], grid, max_samples)
+    G = -grad.shape[0] * plan.rows(grad, channels_first=conv)
+    if isinstance(target, nn.Conv2d):
+        if not isinstance(source, nn.Conv2d):
+            return None
+        size = (int(own.shape[2]), int(own.shape[3]))
+        return bypass_patches(x, source, target, size, plan), unfold_patches(own, target, plan), G, plan
+    B = plan.rows(own)
+    if x.dim() == 4 and not grid:  # an image read by a vector layer
+        side = min(_POOLED, x.shape[2]), min(_POOLED, x.shape[3])
+        x = F.adaptive_avg_pool2d(x, side).flatten(1)
+    if tuple(x.shape[1:-1]) != grid:
+        return None
+    return plan.rows(x), B, G, plan
