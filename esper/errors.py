@@ -9,6 +9,7 @@ __all__ = [
     "AttachError",
     "CheckpointError",
     "ConfigError",
+    "DataFormatError",
     "DataNotFoundError",
     "EsperError",
     "ExportError",
@@ -58,6 +59,10 @@ class UnsupportedError(EsperError, RuntimeError):
 
 class DataNotFoundError(EsperError, FileNotFoundError):
     """A data set is not where it was looked for."""
+
+
+class DataFormatError(EsperError, ValueError):
+    """A data file is there but does not hold what its format promises."""
 
 
 class MissingExtraError(EsperError, ImportError):
