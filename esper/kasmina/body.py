@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esper.errors import AttachError, GrowthError
 from esper.kasmina.blueprints import Cost, cost, get_blueprint
 from esper.kasmina.find_sites import context_of, find_sites
-from esper.kasmina.layer import SEEDS, SeedLayer, get_slot, restore_class, swap_class
+from esper.kasmina.layer import SeedLayer, observed, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import Site
@@ -179,17 +179,9 @@ class Body:
             (name, module) for name, module in self.model.named_modules() if isinstance(module, SeedLayer)
         ]
         counter = _CallCounter()
-        for _, module in counted:
-            get_slot(module).observer = counter
-        try:
-            with preserved(self.model), torch.no_grad():
-                self.model.eval()
-                run()
-        finally:
-            for _, module in counted:
-                get_slot(module).observer = None
-                if SEEDS not in module._modules and get_slot(module).idle:
-                    module._esper_slot = None
+        with observed([(module, counter) for _, module in counted]), preserved(self.model), torch.no_grad():
+            self.model.eval()
+            run()
         functional = {site.target for site in self.sites if site.functional}
         for name, module in counted:
             if module not in counter.called and name not in functional:

@@ -8,23 +8,28 @@ instance would not do: a deepcopy would go on running the original's weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 __all__ = [
     "SEEDS",
+    "Observer",
     "SeedLayer",
     "Slot",
     "Tap",
     "WeightSeedLayer",
     "base_class",
     "get_slot",
+    "observed",
     "primary",
     "replace_primary",
+    "rest",
     "restore_class",
     "seeds_of",
+    "set_observer",
     "swap_class",
 ]
 
@@ -163,6 +168,33 @@ def get_slot(layer: nn.Module) -> Slot:
     if layer._esper_slot is None:
         layer._esper_slot = Slot()
     return layer._esper_slot
+
+
+def rest(layer: nn.Module) -> None:
+    """Drop the slot of a layer that has nothing to do, so that it costs nothing again."""
+    if isinstance(layer, SeedLayer) and SEEDS not in layer._modules:
+        slot = layer._esper_slot
+        if slot is not None and slot.idle:
+            layer._esper_slot = None
+
+
+def set_observer(layer: nn.Module, observer: Observer | None) -> None:
+    """Let ``observer`` see the calls of a seed layer; None ends it."""
+    get_slot(layer).observer = observer
+    if observer is None:
+        rest(layer)
+
+
+@contextmanager
+def observed(observers: Sequence[tuple[nn.Module, Observer]]) -> Iterator[None]:
+    """Let each observer see the calls of its layer while the block runs."""
+    for layer, observer in observers:
+        set_observer(layer, observer)
+    try:
+        yield
+    finally:
+        for layer, _ in observers:
+            set_observer(layer, None)
 
 
 def seeds_of(layer: nn.Module) -> list[nn.Module]:

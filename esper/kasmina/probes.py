@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from esper.kasmina.body import Body
 from esper.kasmina.health import health_score
-from esper.kasmina.layer import SEEDS, SeedLayer, get_slot, primary, seeds_of
+from esper.kasmina.layer import SeedLayer, primary, seeds_of, set_observer
 from esper.kasmina.sampling import sample_elements, sample_rows
 from esper.kasmina.seed import Seed
 from esper.kasmina.statistics import LayerSample, LayerStatistics, drain, gradient_norm, summarise
@@ -95,7 +95,7 @@ class ProbeRunner:
                 consumer.consumer_of.append(producer)
         for probe in self._probes.values():
             probe.weight_before = sample_elements(_weight(probe.layer))
-            get_slot(probe.layer).observer = probe
+            set_observer(probe.layer, probe)
         for seed in self._body.seeds:
             seed.observing = True
         self.latency_ms = (time.perf_counter() - started) * 1e3
@@ -158,10 +158,7 @@ class ProbeRunner:
     def cancel(self) -> None:
         """Remove the observers and forget the samples."""
         for probe in self._probes.values():
-            slot = get_slot(probe.layer)
-            slot.observer = None
-            if slot.idle and SEEDS not in probe.layer._modules:
-                probe.layer._esper_slot = None  # type: ignore[assignment]
+            set_observer(probe.layer, None)
         self._probes = {}
         self._seed_gradients = {}
         for seed in self._body.seeds:

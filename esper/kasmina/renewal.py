@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from esper.errors import GrowthError
 from esper.kasmina.activations import is_elementwise
 from esper.kasmina.body import Body
-from esper.kasmina.layer import SEEDS, get_slot
+from esper.kasmina.layer import observed
 from esper.kasmina.recycle import Consumer, RecycleReport, dormant_units, recycle
 from esper.kasmina.sampling import sample_rows
 from esper.kasmina.trace import preserved
@@ -100,15 +100,8 @@ class _Inputs:
 
 def _activations(body: Body, consumer: nn.Module, batches: Sequence[Callable[[], Any]]) -> Tensor:
     inputs = _Inputs()
-    slot = get_slot(consumer)
-    slot.observer = inputs
-    try:
-        with preserved(body.model), torch.no_grad():
-            body.model.eval()
-            for run in batches:
-                run()
-    finally:
-        slot.observer = None
-        if slot.idle and SEEDS not in consumer._modules:
-            consumer._esper_slot = None  # type: ignore[assignment]
+    with observed([(consumer, inputs)]), preserved(body.model), torch.no_grad():
+        body.model.eval()
+        for run in batches:
+            run()
     return torch.cat(inputs.samples)

@@ -20,7 +20,7 @@ from esper.kasmina.expressivity import (
     scoring_flops,
     unfold_patches,
 )
-from esper.kasmina.layer import SEEDS, get_slot, primary
+from esper.kasmina.layer import observed, primary
 from esper.kasmina.sites import Site
 from esper.kasmina.trace import preserved
 
@@ -69,25 +69,16 @@ def score_sites(
     wanted = [site for site in sites if site.kind == "bypass"]
     captures = {name: _Capture() for site in wanted for name in (site.source, site.target)}
     model = body.model
-    try:
-        for name, capture in captures.items():
-            get_slot(model.get_submodule(name)).observer = capture
-        with preserved(model), torch.enable_grad():
-            model.eval()
-            value = loss()
-            reached = {
-                name: capture.y
-                for name, capture in captures.items()
-                if isinstance(capture.y, Tensor) and capture.y.requires_grad
-            }
-            grads = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
-    finally:
-        for name in captures:
-            layer = model.get_submodule(name)
-            slot = get_slot(layer)
-            slot.observer = None
-            if slot.idle and SEEDS not in layer._modules:
-                layer._esper_slot = None  # type: ignore[assignment]
+    watched = [(model.get_submodule(name), capture) for name, capture in captures.items()]
+    with observed(watched), preserved(model), torch.enable_grad():
+        model.eval()
+        value = loss()
+        reached = {
+            name: capture.y
+            for name, capture in captures.items()
+            if isinstance(capture.y, Tensor) and capture.y.requires_grad
+        }
+        grads = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
     gradients = dict(zip(reached, grads, strict=True))
     scores = {}
     for site in wanted:

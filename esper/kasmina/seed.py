@@ -95,6 +95,11 @@ class Seed(nn.Module):
         return self._state
 
     @property
+    def record(self) -> SeedState:
+        """The record itself, without reading α and counts back from the device."""
+        return self._state
+
+    @property
     def seed_id(self) -> str:
         """Unique name of the seed in its model."""
         return self._state.seed_id
@@ -200,6 +205,8 @@ class Seed(nn.Module):
             if self._override == 0.0:
                 return y
             s = self._contribution(source, host, args, kwargs)
+            if self.observing:
+                self.observed = (s.detach(), host.detach())
             return replace_primary(y, guarded_add(host, s, torch.full_like(self.alpha, self._override)))
         if stage == "germinated" or (stage == "training" and not torch.is_grad_enabled()):
             return y
@@ -224,6 +231,8 @@ class Seed(nn.Module):
             return weight
         delta = self.branch.delta_weight().to(weight.dtype)
         if self._override is not None:
+            if self.observing:
+                self.observed = (delta.detach(), weight.detach())
             return guarded_add(weight, delta, torch.full_like(self.alpha, self._override))
         if stage == "fossilized":
             return weight + delta

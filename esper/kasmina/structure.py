@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from esper.errors import CheckpointError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
-from esper.kasmina.layer import SEEDS, SeedLayer, Slot, Tap, get_slot, seeds_of, swap_class
+from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.seed import Seed, SeedState, decode_state
 from esper.kasmina.sites import BuildContext, Site
 
@@ -110,16 +110,8 @@ def uproot(model: nn.Module, seed: Seed) -> None:
         source = model.get_submodule(seed.site.source)
         slot = get_slot(source)
         slot.taps = [tap for tap in slot.taps if tap is not seed.tap]
-        _rest(source)
-    _rest(target)
-
-
-def _rest(layer: nn.Module) -> None:
-    """Drop the slot of a layer that has nothing to do, so that it costs nothing again."""
-    if isinstance(layer, SeedLayer) and SEEDS not in layer._modules:
-        slot: Slot | None = layer._esper_slot
-        if slot is not None and slot.idle:
-            layer._esper_slot = None
+        rest(source)
+    rest(target)
 
 
 def conform(model: nn.Module, wanted: list[SeedState]) -> None:

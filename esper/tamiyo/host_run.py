@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,8 +10,15 @@ from torch.optim import Optimizer
 
 __all__ = ["HostRun", "LossOnBatch"]
 
-LossOnBatch = Callable[[], Tensor]
-"""Runs the host on one fixed batch and returns its mean loss, without side effects on logs or metrics."""
+class LossOnBatch(Protocol):
+    """Runs the host on one fixed batch and returns its mean loss, without side effects on logs or metrics."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch."""
+
+    def __call__(self) -> Tensor:
+        """The loss, with a graph when gradients are enabled."""
 
 
 class HostRun(Protocol):

@@ -1,0 +1,201 @@
+"""A Lightning trainer and its module, as the strategist wants to see them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from esper.errors import UnsupportedError
+from esper.kasmina.optimizer import unwrap
+
+__all__ = ["BatchLoss", "LightningRun", "batch_size"]
+
+
+class BatchLoss:
+    """The module's loss on one fixed batch; calling it leaves logs and metrics as they were."""
+
+    def __init__(self, run: LightningRun, batch: Any, index: int) -> None:
+        self._run, self._batch, self._index = run, batch, index
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch."""
+        return batch_size(self._batch)
+
+    def __call__(self) -> Tensor:
+        """Run the module's step on the batch and return its loss.
+
+        Raises:
+            UnsupportedError: The step returned no loss.
+        """
+        return self._run.loss(self._batch, self._index)
+
+
+class LightningRun:
+    """Implements :class:`esper.tamiyo.host_run.HostRun` on a trainer.
+
+    Args:
+        trainer: The trainer, fitting.
+        module: Its module.
+        num_batches: Held-out batches to keep.
+        horizon_steps: Length of the run where the trainer cannot tell it.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, module: L.LightningModule, *, num_batches: int, horizon_steps: int | None
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self._num_batches = num_batches
+        self._horizon_steps = horizon_steps
+        self._held_out: list[BatchLoss] | None = None
+        self.last_batch: Any = None
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The torch optimizers, without Lightning's wrappers."""
+        return [unwrap(optimizer) for optimizer in self.trainer.optimizers]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Raises:
+            UnsupportedError: The trainer has no end and no horizon was given.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps != float("inf") and steps > 0:
+            return int(steps)
+        if self._horizon_steps is None:
+            raise UnsupportedError(
+                "growth is planned over the length of the run, but the trainer has no known end (max_epochs=-1 or "
+                "an iterable data set of unknown length); pass TamiyoCallback(horizon_steps=N), or set max_steps"
+            )
+        return self._horizon_steps
+
+    def held_out(self) -> Sequence[BatchLoss]:
+        """The first validation batches; empty when the run does not validate."""
+        if self._held_out is None:
+            batches = list(self._validation_batches())
+            self._held_out = [BatchLoss(self, batch, index) for index, batch in enumerate(batches)]
+        return self._held_out
+
+    def held_out_source(self) -> str:
+        """Where the held-out batches come from."""
+        count = len(self.held_out())
+        return f"the first {count} validation batches" if count else "nothing: the run does not validate"
+
+    def recent(self) -> BatchLoss:
+        """The batch that was trained on last."""
+        return BatchLoss(self, self.last_batch, 0)
+
+    def structure_changed(self) -> None:
+        """Nothing to do on one process; the optimizers were told by whoever changed the structure."""
+
+    def loss(self, batch: Any, index: int) -> Tensor:
+        """The loss of the module's own step on ``batch``: ``training_step``, or ``validation_step``
+        under manual optimization, where a training step would train.
+
+        Raises:
+            UnsupportedError: The step returned no loss.
+        """
+        module = self.module
+        name = "training_step" if module.automatic_optimization else "validation_step"
+        step = getattr(module, name)
+        arguments: dict[str, Any] = {}
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            arguments["batch_idx"] = index
+        with _silenced(module), self.trainer.precision_plugin.forward_context():
+            moved = self.trainer.strategy.batch_to_device(batch)
+            moved = self.trainer.precision_plugin.convert_input(moved)
+            output = step(moved, **arguments)
+        value = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(value, Tensor):
+            raise UnsupportedError(
+                f"growth measures the loss of a batch by {type(module).__name__}.{name}, which should return a tensor "
+                f"or a dict with 'loss', but returned {type(output).__name__}; return the loss there"
+            )
+        return value
+
+    def _validation_batches(self) -> Iterator[Any]:
+        trainer = self.trainer
+        if not trainer.enable_validation or not self._returns_loss():
+            return
+        with torch.random.fork_rng(devices=_cuda_devices(self.module)):  # a loader draws its workers' base seed
+            if trainer.val_dataloaders is None:
+                trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            loader = _first_loader(trainer.val_dataloaders)
+            if loader is not None:
+                yield from itertools.islice(iter(loader), self._num_batches)
+
+    def _returns_loss(self) -> bool:
+        return self.module.automatic_optimization or hasattr(self.module, "validation_step")
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the first dimension of the first tensor found in it, 1 when there is none."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        items: Any = batch.values()
+    elif isinstance(batch, (tuple, list)):
+        items = batch
+    else:
+        items = vars(batch).values() if hasattr(batch, "__dict__") else ()
+    for item in items:
+        if isinstance(item, (Tensor, Mapping, tuple, list)) and (size := batch_size(item)):
+            return size
+    return 1
+
+
+def _first_loader(loaders: Any) -> Any:
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return _first_loader(loaders[0]) if loaders else None
+    return loaders
+
+
+def _cuda_devices(module: torch.nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
+
+
+@contextmanager
+def _silenced(module: L.LightningModule) -> Iterator[None]:
+    """Run a step of ``module`` without its ``log`` calls and without moving its metrics."""
+
+    def ignore(*args: Any, **kwargs: Any) -> None:
+        """Stands in for ``log`` and ``log_dict`` while a measurement runs."""
+
+    with ExitStack() as stack:
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                stack.callback(_restore_metric, metric, metric._copy_state_dict(), metric._update_count, metric._computed)
+        for name in ("log", "log_dict"):
+            previous = module.__dict__.get(name)
+            module.__dict__[name] = ignore
+            stack.callback(_restore_attribute, module, name, previous)
+        yield
+
+
+def _restore_metric(metric: Metric, state: dict[str, Any], count: int, computed: Any) -> None:
+    for name, value in state.items():
+        setattr(metric, name, value)
+    metric._update_count = count
+    metric._computed = computed
+
+
+def _restore_attribute(module: L.LightningModule, name: str, previous: Any) -> None:
+    if previous is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = previous

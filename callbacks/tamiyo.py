@@ -1,0 +1,392 @@
+"""The callback that makes a Lightning model grow while it trains."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import msgspec
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper.callbacks.checks import check_optimizers, check_trainer
+from esper.callbacks.lightning_run import LightningRun, batch_size
+from esper.errors import CheckpointError, GrowthError
+from esper.kasmina.body import Body
+from esper.kasmina.optimizer import group_names, reorder_groups
+from esper.kasmina.probes import ProbeRunner
+from esper.kasmina.sites import Site
+from esper.kasmina.step_guard import StepGuard
+from esper.kasmina.structure import follow_state_dict
+from esper.kasmina.topology import ModelTopology
+from esper.kasmina.trace import Tracer
+from esper.messages import Decision, Event, HealthSignal, RunRecord
+from esper.oona import CommandInbox, Publisher
+from esper.report.journal import Journal
+from esper.tamiyo.config import TamiyoConfig, build_config
+from esper.tamiyo.controller import Controller
+from esper.tamiyo.policies import make_policy
+from esper.tamiyo.recorder import Recorder
+
+__all__ = ["TamiyoCallback"]
+
+_STATE_VERSION = 1
+
+
+class TamiyoCallback(L.Callback):
+    """Grow a model where it is starved, while it trains.
+
+    Add it to the callbacks of any trainer. It traces the first batch, watches every layer, and at
+    safe points between optimizer steps lets a policy decide whether a seed germinates, and where.
+    Checkpoints of the trainer hold everything: ``trainer.fit(ckpt_path=...)`` continues bit for bit.
+
+    Args:
+        config: All settings in one object; keyword arguments change single ones of it.
+        listeners: Called with every decision, transition and intervention as it happens.
+        **settings: Fields of :class:`~esper.tamiyo.config.TamiyoConfig`, such as ``policy="random"``,
+            ``budget={"max_parameters_ratio": 1.5}`` or ``seed=1``. Sections may be mappings.
+
+    Raises:
+        ConfigError: An unknown setting or a value out of range.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=20, callbacks=[TamiyoCallback()])
+    """
+
+    def __init__(
+        self,
+        config: TamiyoConfig | None = None,
+        *,
+        listeners: Sequence[Callable[[Event], None]] = (),
+        **settings: Any,
+    ) -> None:
+        self.config = build_config(config, **settings)
+        self.listeners = list(listeners)
+        make_policy(self.config.policy, **self.config.policy_options)  # wrong options fail here, not in epoch 3
+        self.run_id = uuid.uuid4().hex[:12]
+        self._restored: dict[str, Any] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._run: LightningRun | None = None
+        self._tracer: Tracer | None = None
+        self._body: Body | None = None
+        self._controller: Controller | None = None
+        self._probes: ProbeRunner | None = None
+        self._guards: dict[int, StepGuard] = {}
+        self._recorder: Recorder | None = None
+        self._journal: Journal | None = None
+        self._publisher: Publisher | None = None
+        self._inbox: CommandInbox | None = None
+        self._requests: list[Decision] = []
+        self._last_step = 0
+        self._step_started = 0.0
+
+    # ---------------------------------------------------------------- what a user calls
+
+    @property
+    def body(self) -> Body:
+        """The attached host: topology, sites, seeds.
+
+        Raises:
+            GrowthError: No batch has been trained on yet, so nothing is known about the model.
+        """
+        if self._body is None:
+            raise GrowthError("the model is traced on its first training batch; call trainer.fit(...) first")
+        return self._body
+
+    def germinate(self, site: str | Site, blueprint: str, size: int | None = None) -> None:
+        """Ask for a seed by hand; it is vetted and applied at the next safe point of the run."""
+        name = site.name if isinstance(site, Site) else site
+        self._request(
+            Decision(
+                action="germinate", site=name, blueprint=blueprint, size=size or 0, policy="manual",
+                reason="asked for by hand",
+            )
+        )  # fmt: skip
+
+    def cull(self, seed_id: str) -> None:
+        """Ask for the removal of a seed by hand at the next safe point."""
+        self._request(Decision(action="cull", site=seed_id, policy="manual", reason="asked for by hand"))
+
+    def recycle(self, layer: str) -> None:
+        """Ask by hand that the dormant units of ``layer`` be re-initialised at the next safe point."""
+        self._request(Decision(action="recycle", site=layer, policy="manual", reason="asked for by hand"))
+
+    def health(self) -> list[HealthSignal]:
+        """The last health signal of each layer and seed; empty before the first sampled step."""
+        return [] if self._controller is None else list(self._controller.health.values())
+
+    def summary(self) -> dict[str, float]:
+        """Size and cost of the run: ``num_parameters``, ``training_flops`` and the seeds' counts.
+
+        Raises:
+            GrowthError: No batch has been trained on yet.
+        """
+        body = self.body
+        assert self._controller is not None
+        ledger = self._controller.ledger
+        return {
+            "num_parameters": body.num_parameters,
+            "host_parameters": ledger.host_parameters,
+            "training_flops": ledger.training_flops,
+            "scoring_flops": ledger.scoring_flops,
+            "num_samples": ledger.num_samples,
+            "seeds_germinated": ledger.germinated,
+            "seeds_fossilized": ledger.fossilized,
+            "seeds_culled": ledger.culled,
+            "layers_recycled": ledger.recycled,
+        }
+
+    # ---------------------------------------------------------------- Lightning's hooks
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let checkpoints regrow the model, and refuse what growth cannot work with."""
+        follow_state_dict(pl_module)
+        if stage == "fit":
+            if self.config.policy != "off":
+                check_trainer(trainer, TamiyoCallback)
+            if self._body is not None and self._body.model is not pl_module:
+                self._reset()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the optimizers, and put their groups in the order of the checkpoint."""
+        if self.config.policy != "off":
+            check_optimizers(trainer)
+        self._run = LightningRun(
+            trainer, pl_module, num_batches=self.config.probes.held_out_batches, horizon_steps=self.config.horizon_steps
+        )
+        if self._restored is not None and self._restored["groups"] is not None:
+            reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open journal and bus, and take up a restored run."""
+        assert self._run is not None
+        self._last_step = trainer.global_step
+        self._open(trainer)
+        for optimizer in self._run.optimizers:
+            self._guards[id(optimizer)] = StepGuard(optimizer)
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            topology = msgspec.convert(restored["topology"], ModelTopology) if restored["topology"] else None
+            if topology is not None:
+                self._begin(pl_module, topology)
+                assert self._controller is not None
+                self._controller.load_state_dict(restored["controller"])
+                self._scale_births()
+        elif self._body is not None:  # a further fit() on the same model
+            self._begin(pl_module, self._body.topology)
+        self._mark("resume" if restored is not None else "start", trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Trace the first batch; install the probes on sampled steps."""
+        assert self._run is not None
+        self._run.last_batch = batch
+        if self._controller is None:
+            self._tracer = Tracer(pl_module)
+            self._tracer.__enter__()
+            return
+        interval = self.config.probes.interval_steps
+        if interval and self._probes is not None and not self._probes.active and (trainer.global_step + 1) % interval == 0:
+            self._step_started = time.perf_counter()
+            self._probes.begin()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Read the topology off the graph of the first loss."""
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            tracer.close()
+            self._begin(pl_module, tracer.finish(loss))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take gradient norms before clipping, and keep isolated seeds out of it."""
+        if self._probes is not None:
+            self._probes.note_gradients()
+        if self._body is not None:
+            isolated = [list(s.parameters()) for s in self._body.seeds if s.stage == "training"]
+            if isolated:
+                guard = self._guards[id(getattr(optimizer, "optimizer", optimizer))]
+                guard.stash(
+                    isolated,
+                    clip=trainer.gradient_clip_val,
+                    algorithm="value" if trainer.gradient_clip_algorithm == "value" else "norm",
+                )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Act, when an optimizer step has been completed."""
+        self._drop_tracer()
+        controller = self._controller
+        if controller is None:
+            return
+        controller.note_batch(_loss(outputs), batch_size(batch))
+        if trainer.global_step == self._last_step:
+            return  # gradients are still being accumulated
+        self._last_step = trainer.global_step
+        self._finish_probe(trainer)
+        for decision in self._requests:
+            controller.request(decision)
+        self._requests.clear()
+        if self._inbox is not None:
+            for command in self._inbox.poll():
+                controller.request(command.decision)
+        controller.safe_point(trainer.global_step, trainer.current_epoch)
+        self._scale_births()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the records."""
+        self._mark("end", trainer)
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook, socket or open file behind."""
+        self._drop_tracer()
+        if self._recorder is not None:
+            self._recorder.run(
+                RunRecord(
+                    self.run_id, "note", trainer.global_step, {"exception": type(exception).__name__}, time.time()
+                )
+            )
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close whatever is still open."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, in plain types and tensors (``weights_only`` loads it)."""
+        if self._controller is None or self._run is None or self._body is None:
+            return {"version": _STATE_VERSION, "topology": None, "groups": None, "run_id": self.run_id}
+        return {
+            "version": _STATE_VERSION,
+            "run_id": self.run_id,
+            "topology": msgspec.to_builtins(self._body.topology),
+            "groups": group_names(self._run.optimizers, self._body.model.named_parameters()),
+            "controller": self._controller.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until the run starts.
+
+        Raises:
+            CheckpointError: It was written by another version.
+        """
+        if state_dict.get("version") != _STATE_VERSION:
+            raise CheckpointError(
+                f"the checkpoint's TamiyoCallback state has version {state_dict.get('version')!r}, this esper reads "
+                f"{_STATE_VERSION}; resume with the esper that wrote it, or start afresh from the weights by esper.load"
+            )
+        self._restored = state_dict
+        self.run_id = state_dict["run_id"]
+
+    # ---------------------------------------------------------------- inside
+
+    def _request(self, decision: Decision) -> None:
+        self._requests.append(decision)
+
+    def _begin(self, module: L.LightningModule, topology: ModelTopology) -> None:
+        """Attach to the traced model and start the loop."""
+        assert self._run is not None and self._recorder is not None
+        growing = self.config.policy != "off"
+        self._body = Body(module, topology, seed=self.config.seed)
+        policy = make_policy(self.config.policy, **self.config.policy_options)
+        previous = self._controller
+        self._controller = Controller(self.config, self._body, self._run, policy, self._recorder)
+        if previous is not None:
+            self._controller.load_state_dict(previous.state_dict())
+        self._probes = ProbeRunner(self._body)
+        if growing and self._run.held_out():
+            self._body.check_evaluation(self._run.held_out()[0])
+        self._recorder.num_parameters = self._body.num_parameters
+
+    def _scale_births(self) -> None:
+        multiplier = self.config.birth_lr_multiplier
+        if multiplier == 1.0 or self._body is None:
+            return
+        for seed in self._body.seeds:
+            for guard in self._guards.values():
+                guard.scale_updates(seed.parameters(), 1.0 if seed.stage == "fossilized" else multiplier)
+
+    def _finish_probe(self, trainer: L.Trainer) -> None:
+        probes, controller = self._probes, self._controller
+        if probes is None or controller is None or not probes.active:
+            return
+        step_ms = (time.perf_counter() - self._step_started) * 1e3
+        signals = probes.end(
+            step=trainer.global_step, epoch=trainer.current_epoch, ready=controller.gatekeeper.ready,
+            scores=controller.scores,
+        )  # fmt: skip
+        assert self._recorder is not None
+        self._recorder.step, self._recorder.epoch = trainer.global_step, trainer.current_epoch
+        controller.note_health(signals)
+        self._recorder.timing(step_ms, probes.latency_ms)
+        if self.config.probes.log_health:
+            figures = _health_metrics(signals)
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=trainer.global_step)
+
+    def _open(self, trainer: L.Trainer) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = Path(self.config.journal) if self.config.journal else folder / "growth.jsonl"
+        self._journal = None
+        if self.config.policy != "off" or self.config.journal:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(path)
+            if self._restored is not None:
+                self._journal.truncate_after(trainer.global_step)
+        if self.config.bus is not None:
+            self._publisher = Publisher(self.config.bus, run_id=self.run_id)
+            self._inbox = CommandInbox(self.config.bus, run_id=self.run_id)
+        self._recorder = Recorder(self.run_id, self._journal, self._publisher, self.listeners)
+
+    def _close(self) -> None:
+        self._drop_tracer()
+        if self._probes is not None:
+            self._probes.cancel()
+        for guard in self._guards.values():
+            guard.remove()
+        self._guards = {}
+        for resource in (self._inbox, self._publisher, self._journal):
+            if resource is not None:
+                resource.close()
+        self._inbox = self._publisher = self._journal = None
+
+    def _drop_tracer(self) -> None:
+        if self._tracer is not None:
+            self._tracer.close()
+            self._tracer = None
+
+    def _mark(self, event: str, trainer: L.Trainer) -> None:
+        assert self._recorder is not None
+        info: dict[str, Any] = {"policy": self.config.policy, "seed": self.config.seed, "torch": torch.__version__}
+        if event == "end" and self._controller is not None:
+            info |= {name: value for name, value in self.summary().items() if math.isfinite(value)}
+        record = RunRecord(self.run_id, event, trainer.global_step, info, time.time())  # type: ignore[arg-type]
+        self._recorder.run(record)
+
+
+def _loss(outputs: Any) -> Tensor | None:
+    value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return value if isinstance(value, Tensor) else None
+
+
+def _health_metrics(signals: Sequence[HealthSignal]) -> dict[str, float]:
+    """The figures of each layer that are worth a curve, under ``health/<layer>/<figure>``."""
+    shown = ("health_score", "activation_variance", "dead_neuron_ratio", "dormancy", "effective_rank", "gradient_norm", "update_ratio")  # fmt: skip
+    return {
+        f"health/{signal.layer_id}/{f'{signal.seed_id}/' if signal.seed_id else ''}{figure}": getattr(signal, figure)
+        for signal in signals
+        for figure in shown
+    }

@@ -1,0 +1,334 @@
+"""The loop of a growing run: measure, decide, vet, apply, watch over it. Runs between optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from esper.errors import EsperError, GrowthError
+from esper.kasmina.body import Body
+from esper.kasmina.expressivity import SiteScore
+from esper.kasmina.renewal import recycle_layer
+from esper.kasmina.scoring import estimate_flops, score_sites
+from esper.kasmina.seed import Seed
+from esper.messages import CacheHitRates, Decision, HealthSignal, ModelPerformance
+from esper.tamiyo.config import TamiyoConfig
+from esper.tamiyo.evaluation import mean_loss
+from esper.tamiyo.gatekeeper import Gatekeeper
+from esper.tamiyo.host_run import HostRun
+from esper.tamiyo.ledger import Ledger
+from esper.tamiyo.recorder import Recorder
+from esper.tamiyo.state import GrowthState, Policy, SeedView, SiteView
+from esper.tamiyo.vetting import refusal
+from esper.tamiyo.warden import Warden
+
+__all__ = ["Controller"]
+
+
+class Controller:
+    """Grows one body over one run.
+
+    Args:
+        config: All settings.
+        body: The attached host.
+        run: Who trains it.
+        policy: Who decides.
+        recorder: Where it is written down.
+    """
+
+    def __init__(
+        self, config: TamiyoConfig, body: Body, run: HostRun, policy: Policy, recorder: Recorder
+    ) -> None:
+        self.config = config
+        self.body = body
+        self.run = run
+        self.policy = policy
+        self.recorder = recorder
+        host_flops = sum(layer.flops for layer in body.topology.layers if not layer.block)
+        self.ledger = Ledger(config.budget, body.topology.num_parameters, host_flops)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.gatekeeper = Gatekeeper(config.lifecycle, body, run, self.ledger, recorder)
+        self.warden = Warden(config.governor, body, run, self.ledger, self.gatekeeper, recorder)
+        self.health: dict[str, HealthSignal] = {}
+        self.pending: list[Decision] = []
+        self.retrained = False
+        self._scores: dict[str, float] = {}
+        self._score_cache: dict[tuple[int, tuple[str, ...], int], dict[str, SiteScore]] = {}
+        self._cache_hits = self._cache_misses = 0
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
+        self._next_decision = 0
+        self._total_steps = run.total_steps
+        self._host_start = (
+            {name: value.detach().clone() for name, value in body.model.state_dict().items()}
+            if config.finish == "retrain"
+            else None
+        )
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Last whitened expressivity into each layer, by name."""
+        return self._scores
+
+    def note_batch(self, loss: Tensor | None, num_samples: int) -> None:
+        """Take note of one batch of training (several may make one optimizer step)."""
+        self.ledger.charge_step(self.body.flops, num_samples)
+        if loss is not None:
+            self._loss_sum = self._loss_sum + loss.detach().float()  # stays on the device
+            self._loss_count += 1
+            self.warden.note_loss(loss)
+
+    def note_health(self, signals: Sequence[HealthSignal]) -> None:
+        """Take the signals of a sampled step; they are published as one message."""
+        for signal in signals:
+            self.health[signal.layer_id if not signal.seed_id else f"{signal.layer_id}/{signal.seed_id}"] = signal
+        self.recorder.signals(list(signals))
+
+    def request(self, decision: Decision) -> None:
+        """Ask for ``decision`` at the next safe point; it is vetted like any other."""
+        self.pending.append(decision)
+
+    def safe_point(self, step: int, epoch: int) -> None:
+        """Do everything that is due after optimizer step number ``step``.
+
+        Args:
+            step: Optimizer steps taken so far.
+            epoch: Current epoch.
+        """
+        self.recorder.step, self.recorder.epoch = step, epoch
+        self.recorder.num_parameters = self.body.num_parameters
+        before = self._structure()
+        self.gatekeeper.tick(step)
+        self.warden.inspect(step)
+        self.gatekeeper.review(step)
+        pending, self.pending = self.pending, []
+        for decision in pending:
+            self._carry_out(decision, step, epoch)
+        if step >= self._next_decision:
+            self._next_decision = step + max(1, round(self.config.probes.decision_interval * self._total_steps))
+            if self.config.policy != "off":
+                self._decide(step, epoch)
+            self._publish_performance(step, epoch)
+        if self._retrain_due(step):
+            self._retrain(step)
+        if self._structure() != before:
+            self.run.structure_changed()
+
+    def _structure(self) -> list[str]:
+        return [seed.seed_id for seed in self.body.seeds]
+
+    def _decide(self, step: int, epoch: int) -> None:
+        state = self._state(step, epoch)
+        try:
+            decisions = self.policy.decide(state)
+        except EsperError as error:  # a measurement that cannot be taken now must not end the run
+            decisions = [Decision(action="wait", reason=f"the policy could not decide: {error}", policy=self.policy.name)]
+            self.recorder.error("", "policy", str(error))
+        for decision in decisions:
+            self._carry_out(decision, step, epoch)
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def _state(self, step: int, epoch: int) -> GrowthState:
+        begin, end = self.config.window
+        fraction = step / max(1, self._total_steps)
+        ledger, body = self.ledger, self.body
+        alive = {seed.site.name for seed in body.seeds if seed.stage != "fossilized"}
+        views = [
+            SiteView(site, ledger.unavailable(site.name, step) or ("occupied" if site.name in alive else ""))
+            for site in body.sites
+        ]
+        held_out = self.run.held_out()
+        samples_per_step = ledger.num_samples / max(1, step)
+        tokens = samples_per_step * self._total_steps * body.topology.positions
+        if held_out:
+            self.ledger.charge_scoring(float(body.flops * sum(batch.num_samples for batch in held_out)))
+        return GrowthState(
+            step=step,
+            total_steps=self._total_steps,
+            epoch=epoch,
+            window_open=begin <= fraction <= end,
+            topology=body.topology,
+            sites=views,
+            seeds=[_seed_view(seed) for seed in body.seeds],
+            health=dict(self.health),
+            host_parameters=ledger.host_parameters,
+            num_parameters=body.num_parameters,
+            parameters_left=max(0, ledger.parameters_left(body)),
+            flops_left=ledger.flops_left(step, self._total_steps),
+            germinations_left=ledger.germinations_left(epoch),
+            train_loss=float(self._loss_sum) / self._loss_count if self._loss_count else math.nan,
+            held_out_loss=mean_loss(body, held_out) if held_out else None,
+            tokens_per_parameter=tokens / max(1, ledger.host_parameters),
+            transformer=body.topology.transformer,
+            cost=body.cost,
+            score=lambda names, size: self._score(names, size, step),
+            generator=self.generator,
+        )
+
+    def _score(self, names: Sequence[str], size: int, step: int) -> dict[str, SiteScore]:
+        key = (step, tuple(names), size)
+        if key in self._score_cache:
+            self._cache_hits += 1
+            return self._score_cache[key]
+        self._cache_misses += 1
+        sites = [self.body.site(name) for name in names]
+        batches = list(self.run.held_out()) or [self.run.recent()]
+        samples = sum(batch.num_samples for batch in batches)
+        price = estimate_flops(self.body, sites, samples)
+        if not self.ledger.may_score(price, step, self._total_steps):
+            raise GrowthError(
+                f"scoring {len(sites)} sites would cost {price:.3g} FLOPs, more than max_scoring_fraction="
+                f"{self.config.budget.max_scoring_fraction:g} of the run's training leaves"
+            )
+        scores = score_sites(
+            self.body,
+            lambda: torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples,
+            sites,
+            size=size,
+            generator=self.generator,
+            max_samples=self.config.probes.max_samples,
+        )
+        self.ledger.charge_scoring(price)
+        for site in sites:
+            if site.name in scores:
+                self._scores[site.target] = scores[site.name].score
+        self._score_cache = {key: scores}
+        self.recorder.publish(
+            CacheHitRates(self.recorder.run_id, step, self._cache_hits, self._cache_misses, time.time())
+        )
+        return scores
+
+    def _carry_out(self, decision: Decision, step: int, epoch: int) -> None:
+        reason = refusal(
+            decision,
+            body=self.body,
+            ledger=self.ledger,
+            step=step,
+            total_steps=self._total_steps,
+            epoch=epoch,
+            halted=self.warden.halted,
+        )
+        seed_id = ""
+        if not reason:
+            try:
+                seed_id = self._apply(decision, step, epoch)
+            except EsperError as error:
+                reason = str(error)
+        self.recorder.num_parameters = self.body.num_parameters
+        applied = not reason and decision.action != "wait"
+        self.recorder.decision(decision, applied=applied, refused=reason, seed_id=seed_id)
+
+    def _apply(self, decision: Decision, step: int, epoch: int) -> str:
+        if decision.action == "germinate":
+            return self._germinate(decision, step, epoch).seed_id
+        if decision.action == "cull":
+            self.gatekeeper.cull(decision.site, decision.reason, step)
+            return decision.site
+        if decision.action == "recycle":
+            self.warden.before_adaptation(step, decision.site)
+            batches = list(self.run.held_out()) or [self.run.recent()]
+            recycle_layer(
+                self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
+            )
+            self.ledger.recycled += 1
+        return ""
+
+    def _germinate(self, decision: Decision, step: int, epoch: int) -> Seed:
+        self.warden.before_adaptation(step, decision.site)
+        size = decision.size or None
+        seed = self.body.germinate(decision.site, decision.blueprint, size)
+        try:
+            self.body.register(*self.run.optimizers)
+        except EsperError:
+            self.body.cull(seed, self.run.optimizers)
+            raise
+        self.ledger.note_germination(seed.site.name, step, epoch)
+        self.gatekeeper.born(seed)
+        return seed
+
+    def _publish_performance(self, step: int, epoch: int) -> None:
+        loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
+        self.recorder.performance(
+            ModelPerformance(
+                self.recorder.run_id, step, epoch, self._total_steps, loss if math.isfinite(loss) else math.nan, None,
+                self.body.num_parameters, self.ledger.training_flops,
+                sum(seed.stage != "fossilized" for seed in self.body.seeds), time.time(),
+            )
+        )  # fmt: skip
+
+    def _retrain_due(self, step: int) -> bool:
+        over = step / max(1, self._total_steps) > self.config.window[1]
+        settled = all(seed.stage == "fossilized" for seed in self.body.seeds)
+        return self._host_start is not None and not self.retrained and over and settled
+
+    def _retrain(self, step: int) -> None:
+        """Start the found shape afresh: initial host weights, ordinary initialisation of what was grown."""
+        assert self._host_start is not None
+        with torch.no_grad():
+            live = self.body.model.state_dict()
+            for name, value in self._host_start.items():
+                if name in live and isinstance(value, Tensor):
+                    live[name].copy_(value)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.config.seed)
+            for seed in self.body.seeds:
+                for module in seed.branch.modules():
+                    reset = getattr(module, "reset_parameters", None)
+                    if callable(reset):
+                        reset()
+        for optimizer in self.run.optimizers:
+            optimizer.state.clear()
+        self.retrained = True
+        self._host_start = None
+        reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"
+        self.recorder.decision(
+            Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on besides model and optimizers; plain types and tensors."""
+        return {
+            "body": self.body.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "policy": self.policy.state_dict(),
+            "gatekeeper": self.gatekeeper.state_dict(),
+            "warden": self.warden.state_dict(),
+            "generator": self.generator.get_state(),
+            "pending": [msgspec.to_builtins(decision) for decision in self.pending],
+            "next_decision": self._next_decision,
+            "loss_sum": float(self._loss_sum),
+            "loss_count": self._loss_count,
+            "scores": dict(self._scores),
+            "health": {key: msgspec.to_builtins(signal) for key, signal in self.health.items()},
+            "retrained": self.retrained,
+            "host_start": self._host_start,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take on what :meth:`state_dict` returned; the body's seeds are there already."""
+        self.body.load_state_dict(state["body"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.policy.load_state_dict(state["policy"])
+        self.gatekeeper.load_state_dict(state["gatekeeper"])
+        self.warden.load_state_dict(state["warden"])
+        self.generator.set_state(state["generator"])
+        self.pending = [msgspec.convert(item, Decision) for item in state["pending"]]
+        self._next_decision = int(state["next_decision"])
+        self._loss_sum, self._loss_count = float(state["loss_sum"]), int(state["loss_count"])
+        self._scores = dict(state["scores"])
+        self.health = {key: msgspec.convert(item, HealthSignal) for key, item in state["health"].items()}
+        self.retrained = bool(state["retrained"])
+        self._host_start = state["host_start"]
+
+
+def _seed_view(seed: Seed) -> SeedView:
+    measured = seed.state.contributions
+    return SeedView(
+        seed.seed_id, seed.site.name, seed.blueprint, seed.size, seed.stage, measured[-1] if measured else None
+    )
