@@ -1,6 +1,6 @@
 """Every type that crosses a boundary: the bus, ``growth.jsonl``, a checkpoint's manifest.
 
-All are msgspec structs. On the bus a message travels inside an :class:`Envelope`-like frame that
+All are msgspec structs. On the bus a message travels inside a frame that
 :mod:`esper.oona.codec` writes; in ``growth.jsonl`` each line is one :data:`Event` as tagged JSON.
 Times are Unix seconds, latencies milliseconds, sizes parameters or floating-point operations.
 """
@@ -18,6 +18,7 @@ __all__ = [
     "TOPICS",
     "CacheHitRates",
     "Command",
+    "CommandReply",
     "Decision",
     "DecisionRecord",
     "ErrorRecoveryEvent",
@@ -54,9 +55,14 @@ TOPICS = {
     "cache": "telemetry.cache.hit_rates",
     "errors": "telemetry.error_recovery.events",
     "performance": "telemetry.model.performance_metrics",
+    "growth": "telemetry.growth.events",
     "commands": "control.kasmina.commands",
+    "replies": "control.kasmina.replies",
 }
-"""Short name -> topic string; the first five carry telemetry, the last one commands back."""
+"""Short name -> topic string; ``telemetry.*`` leaves a run, ``control.*`` is the way back into it.
+
+``growth`` carries what ``growth.jsonl`` holds (:data:`Event`), as it happens.
+"""
 
 
 class HealthSignal(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -173,6 +179,18 @@ class Command(msgspec.Struct, tag="command", frozen=True):
     timestamp: float
 
 
+class CommandReply(msgspec.Struct, tag="reply", frozen=True):
+    """A run's answer to a :class:`Command`: received and valid, or why not.
+
+    ``accepted`` says that the command stands in the run's queue. Whether it was then applied is in the
+    :class:`DecisionRecord` that follows on ``telemetry.growth.events``.
+    """
+
+    command_id: str
+    accepted: bool
+    reason: str
+
+
 class DecisionRecord(msgspec.Struct, tag="decision", frozen=True):
     """One decision point: the answer, and whether the vetting let it through (``refused`` says why not)."""
 
@@ -234,9 +252,11 @@ Message = (
     | ErrorRecoveryEvent
     | ModelPerformance
     | Command
+    | CommandReply
     | DecisionRecord
     | TransitionRecord
     | GovernorRecord
+    | RunRecord
 )
 """Everything that may travel on the bus."""
 
