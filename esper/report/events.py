@@ -83,7 +83,7 @@ def _decision(event: DecisionRecord) -> Sentence:
     }[decision.action]
     why = _why(decision.reason, decision.numbers)
     if decision.action == "wait":
-        return "waits", why.removeprefix(" — ")
+        return ("restarts" if event.applied else "waits"), why.removeprefix(" — ")
     if not event.applied:
         refused = event.refused or "no reason given"
         return (

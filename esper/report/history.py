@@ -22,7 +22,7 @@ __all__ = [
 GONE: frozenset[Stage] = frozenset({"culled", "embargoed", "dormant"})
 """Stages in which a seed is no longer in the network."""
 
-MarkKind = Literal["germinate", "fossilise", "cull", "recycle", "rollback"]
+MarkKind = Literal["germinate", "fossilise", "cull", "recycle", "rollback", "restart"]
 
 
 @dataclass
@@ -117,7 +117,7 @@ def outcomes(events: Iterable[Event]) -> Outcomes:
 
 
 def growth_marks(events: Iterable[Event]) -> list[Mark]:
-    """Return germinations, fossilisations, culls, recyclings and rollbacks in order of step."""
+    """Return germinations, fossilisations, culls, recyclings, rollbacks and restarts in order of step."""
     events = list(events)
     marks: list[Mark] = []
     for seed in seeds(events):
@@ -131,6 +131,8 @@ def growth_marks(events: Iterable[Event]) -> list[Mark]:
     for event in events:
         if isinstance(event, DecisionRecord) and event.applied and event.decision.action == "recycle":
             marks.append(Mark(event.step, "recycle", "recycle"))
+        elif isinstance(event, DecisionRecord) and event.applied and event.decision.action == "wait":
+            marks.append(Mark(event.step, "restart", "trained afresh"))  # finish=retrain: the search is over
         elif isinstance(event, GovernorRecord) and event.action == "rollback":
             marks.append(Mark(event.step, "rollback", "rollback"))
     return sorted(marks, key=lambda mark: mark.step)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from esper.messages import DecisionRecord, Event, GovernorRecord, Stage, TransitionRecord
+from esper.messages import DecisionRecord, Event, Stage, TransitionRecord
 from esper.report import units
 from esper.report.events import describe, one_line, sentence
 from esper.report.history import GONE
 from esper.report.metrics import Role, find_metric
+from esper.report.news import NewsFilter, is_wait
 from esper.report.summary import ArmSummary
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class LiveDisplay:
         self._silent = False
         self._drawn_at = 0.0
         self._first_step: int | None = None
-        self._held_back: TransitionRecord | None = None
+        self._news = NewsFilter()
         self._reset("", 0, 0)
 
     def arm_started(self, name: str, total_epochs: int, total_steps: int) -> None:
@@ -86,7 +87,7 @@ class LiveDisplay:
 
     def step(self, step: int) -> None:
         """Note that optimizer step ``step`` is done; cheap enough to call on every batch."""
-        self._release()
+        self._tell(self._news.flush())
         if self._first_step is None:
             self._first_step = step - 1  # a resumed arm does not begin at 0
         self._step = step
@@ -95,7 +96,7 @@ class LiveDisplay:
 
     def epoch_ended(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Note the end of ``epoch`` (counted from 0) with its metrics, under any of the usual names."""
-        self._release()
+        self._tell(self._news.flush())
         self._epoch, self._step = epoch + 1, step
         self._metrics.update(metrics)
         if self._live is not None:
@@ -109,27 +110,16 @@ class LiveDisplay:
 
     def event(self, event: Event) -> None:
         """Say what happened. WAIT decisions are only counted; what says the same again is left out."""
-        if isinstance(event, DecisionRecord) and event.decision.action == "wait":
+        if isinstance(event, DecisionRecord) and is_wait(event):
             self._waits += 1
             self._wait_reason = one_line(event.decision.reason)
-            return
         if isinstance(event, TransitionRecord):
             self._stages[event.seed_id] = event.target
-            if event.target in ("embargoed", "dormant"):
-                return
-        held_back = self._held_back
-        if held_back is not None:
-            same = isinstance(event, DecisionRecord) and event.applied and event.seed_id == held_back.seed_id
-            self._held_back = None if same else held_back
-            self._release()
-        if isinstance(event, TransitionRecord) and event.target == "germinated":
-            self._held_back = event  # its decision, with size and score, says more and may follow
-        elif self._is_news(event):
-            self._print_event(event)
+        self._tell(self._news.feed(event))
 
     def arm_ended(self, summary: ArmSummary) -> None:
         """Close the arm with one line of results."""
-        self._release()
+        self._tell(self._news.flush())
         self._stop_live()
         facts = [
             f"accuracy {units.percent(summary.accuracy)}" if summary.accuracy is not None else "",
@@ -142,7 +132,7 @@ class LiveDisplay:
 
     def close(self) -> None:
         """Give the terminal back; closing twice is fine."""
-        self._release()
+        self._tell(self._news.flush())
         self._stop_live()
 
     def __enter__(self) -> LiveDisplay:
@@ -160,41 +150,15 @@ class LiveDisplay:
         self._stop_live()
         self._name, self._total_epochs, self._total_steps = name, total_epochs, total_steps
         self._epoch = self._step = self._waits = 0
-        self._first_step = self._held_back = None
+        self._first_step = None
+        self._news = NewsFilter()
         self._wait_reason = ""
         self._metrics: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
-        self._told: set[tuple[int, str, str]] = set()
         self._started_at = time.monotonic()
         self._drawn_at = 0.0
 
     # What to say
-
-    def _is_news(self, event: Event) -> bool:
-        """Tell a germination or cull once, whether as decision, intervention or transition."""
-        if isinstance(event, DecisionRecord) and event.applied:
-            seed, what = (
-                event.seed_id,
-                {"germinate": "germinated", "cull": "culled"}.get(event.decision.action),
-            )
-        elif isinstance(event, TransitionRecord):
-            seed, what = event.seed_id, event.target
-        elif isinstance(event, GovernorRecord) and event.action == "cull":
-            seed, what = event.target, "culled"
-        else:
-            return True
-        if what is None or not seed:
-            return True
-        key = (event.step, seed, what)
-        is_news = key not in self._told
-        self._told.add(key)
-        return is_news
-
-    def _release(self) -> None:
-        """Say what was held back for a fuller account that did not come."""
-        event, self._held_back = self._held_back, None
-        if event is not None and self._is_news(event):
-            self._print_event(event)
 
     def _position(self) -> str:
         total_epochs = f"/{self._total_epochs}" if self._total_epochs else ""
@@ -220,6 +184,10 @@ class LiveDisplay:
         return f"waited {self._waits} time{'s' if self._waits != 1 else ''}" if self._waits else ""
 
     # How to draw it
+
+    def _tell(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._print_event(event)
 
     def _print_event(self, event: Event) -> None:
         from rich.text import Text

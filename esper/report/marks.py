@@ -30,6 +30,7 @@ MARK_STYLES: dict[MarkKind, MarkStyle] = {
     "cull": MarkStyle("X", "#D55E00", "culled"),
     "recycle": MarkStyle("o", "#009E73", "recycled"),
     "rollback": MarkStyle("v", "#000000", "rolled back"),
+    "restart": MarkStyle(">", "#CC79A7", "trained afresh"),
 }
 RAIL_POINTS = 9.0  # the rail's height above the panel
 LEVEL_POINTS = (16.0, 28.0)  # two rows for the words
@@ -79,7 +80,7 @@ def _draw_words(axes: Axes, marks: Sequence[Mark], last: float) -> None:
 
 def _words(marks: Sequence[Mark]) -> Iterator[tuple[int, str]]:
     """Yield a text for each step where something germinated or was put back, like ``3 × widen 16``."""
-    spoken = [mark for mark in marks if mark.kind in ("germinate", "recycle", "rollback")]
+    spoken = [mark for mark in marks if mark.kind in ("germinate", "recycle", "rollback", "restart")]
     for step, group in groupby(spoken, key=lambda mark: mark.step):
         labels = [mark.label for mark in group]
         first = labels[0]

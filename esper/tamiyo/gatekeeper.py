@@ -172,6 +172,7 @@ class Gatekeeper:
             return
         site, step = seed.site.name, self._recorder.step
         self._body.cull(seed, self._run.optimizers)
+        self._recorder.num_parameters = self._body.num_parameters
         self._ledger.culled += 1
         until = step + self.config.embargo_steps
         self._ledger.embargo(site, until)

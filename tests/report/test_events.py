@@ -31,7 +31,11 @@ def _germinate(**fields):
             _germinate(reason="narrow", applied=False, refused="budget is spent"),
             "refused to germinate widen(16) at bypass:fc1->fc2 — budget is spent (wanted because: narrow)",
         ),
-        (decision(1, action="wait", reason="nothing clears its floor"), "waits nothing clears its floor"),
+        (
+            decision(1, action="wait", reason="nothing clears its floor", applied=False),
+            "waits nothing clears its floor",
+        ),
+        (decision(1, action="wait", reason="the search is over"), "restarts the search is over"),
         (decision(1, "s1", action="cull", site="s1", reason="no gain"), "culled s1 — no gain"),
         (decision(1, action="recycle", site="fc1", reason="x"), "recycled dormant units of fc1 — x"),
         (
