@@ -19,7 +19,7 @@ class NewsFilter:
 
     Left out are decisions to wait, the end of a site's rest, and a second account of one germination or cull
     (it stands in the records as decision or intervention, and as transition). The decision that made a seed
-    is written *after* the seed's first transitions; as it knows size and score, these wait for it and follow it.
+    is written *after* the seed's first transitions; as it knows size and score, these wait and follow it.
     """
 
     def __init__(self) -> None:

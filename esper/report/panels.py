@@ -33,7 +33,7 @@ def draw_loss(axes: Axes, arms: Sequence[Arm], room_above: float) -> list[EndLab
     ``room_above`` is in points, between panel and title, for the marks of growth.
     """
     axes.set_title("Loss", pad=room_above)
-    ends, drawn = [], []
+    ends, training, held_out = [], [], []
     for index, (arm, colour) in _back_to_front(arms):
         smooth = _smoothed(arm.loss)
         if len(smooth) < len(arm.loss) or len(arm.loss) > SMOOTHED_FROM:
@@ -43,11 +43,12 @@ def draw_loss(axes: Axes, arms: Sequence[Arm], room_above: float) -> list[EndLab
             marker="." if len(smooth) == 1 else "", zorder=2.5 - 0.01 * index,
         )  # fmt: skip
         _plot_held_out(axes, arm.val_loss, colour, index)
-        drawn += [smooth.values, arm.val_loss.values]
+        training.append(smooth.values)
+        held_out.append(arm.val_loss.values)
         final = arm.val_loss.last if len(arm.val_loss) else smooth.last
         if final is not None:
             ends.append((final, units.loss(final), colour))
-    _scale_loss(axes, np.concatenate(drawn))
+    _scale_loss(axes, np.concatenate(training), np.concatenate(held_out))
     return ends
 
 
@@ -126,14 +127,22 @@ def _plot_held_out(axes: Axes, series: Series, colour: str, index: int) -> None:
         )  # fmt: skip
 
 
-def _scale_loss(axes: Axes, values: NDArray[np.float64]) -> None:
-    """Take a logarithmic axis where the loss spans more than a factor of eight, else a linear one."""
+def _scale_loss(axes: Axes, training: NDArray[np.float64], held_out: NDArray[np.float64]) -> None:
+    """Take a logarithmic axis where the loss spans more than a factor of eight, else a linear one.
+
+    A training loss on its way to zero leaves the panel at the bottom, a decade under the held-out loss, which
+    is what arms are compared by and would be pressed flat.
+    """
+    values = np.concatenate([training, held_out])
     values = values[np.isfinite(values)]
     if not len(values):
         axes.text(0.5, 0.5, "no finite loss", transform=axes.transAxes, ha="center", color="#777777")
         return
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > 8:
+        finite = held_out[np.isfinite(held_out)]
+        if len(finite):
+            low = max(low, float(finite.min()) / 10)
         low, high = low / 1.2, high * 1.2
         axes.set_yscale("log")
         axes.set_ylim(low, high)
