@@ -34,6 +34,7 @@ __all__ = ["RunView"]
 _WIDE = 120  # columns of a terminal; below, the less telling figures are left out
 _NUM_EVENTS = 10
 _CHECK_ALIVE_S = 1.0
+_LAST_WORDS_MS = 300  # a closing run's last messages may arrive after its descriptor has gone
 _FIGURE_WIDTHS = {
     "variance": 8, "dead": 4, "dorm": 4, "expr": 7, "grad": 7, "update": 7,
     "snr": 7, "rank": 5, "corr": 5, "ms": 6,
@@ -87,6 +88,8 @@ class RunView:
         elif now - self._checked_at > _CHECK_ALIVE_S:
             self._checked_at = now
             if self.run.pid and all(run.telemetry != self.run.telemetry for run in find_runs()):
+                for _, message in self._collector.drain(_LAST_WORDS_MS):
+                    self.take(message)
                 self.ended = self.ended or "its process has closed the bus without saying how the run ended"
 
     def take(self, message: Message) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import socket as stdlib_socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -24,6 +26,7 @@ __all__ = ["Endpoint", "inproc_address", "new_socket"]
 
 _LOG = logging.getLogger("esper.oona")
 _HARD_LIMIT_FACTOR = 4
+_EXIT_S = 1.0  # above the default linger_ms
 _REBIND_S = 0.5  # ZeroMQ gives an address back a moment after closing, in a thread of its own
 
 
@@ -34,8 +37,28 @@ def inproc_address(run_id: str, role: Role) -> str:
 
 def new_socket(kind: int) -> zmq.Socket[bytes]:
     """A socket of the process-wide context, which ZeroMQ keeps apart for forked children."""
+    global _exit_pid
+    if _exit_pid != os.getpid():
+        _exit_pid = os.getpid()
+        atexit.register(_leave, _exit_pid)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     return context.socket(kind)
+
+
+def _leave(pid: int) -> None:
+    """At interpreter exit: close what was forgotten, and let the last messages out.
+
+    pyzmq does not end its context at exit, so whatever a closed socket still holds (the word that the run
+    has ended) would be lost. Ending it waits for every socket of the process, also those of others: hence
+    in a thread, and for a bounded time.
+    """
+    if os.getpid() != pid:
+        return  # inherited over a fork
+    for endpoint in list(_OPEN):
+        endpoint.close()
+    ending = threading.Thread(target=zmq.Context.instance().term, daemon=True)
+    ending.start()
+    ending.join(_EXIT_S)
 
 
 class Endpoint:
@@ -105,8 +128,10 @@ class Endpoint:
             _release(socket, leftovers, os.getpid())
             raise
         self._socket, self._owner_pid, self._addresses = socket, os.getpid(), tuple(addresses)
-        # also runs at interpreter exit, so that a script that forgets close() leaves no descriptor behind
+        # a publisher that is dropped without close() leaves no descriptor behind; nor does one at exit
         self._release = weakref.finalize(self, _release, socket, leftovers, self._owner_pid)
+        self._release.atexit = False
+        _OPEN.add(self)
         return socket
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
@@ -145,11 +170,13 @@ class Endpoint:
     def close(self) -> None:
         """Send what waits (for at most ``linger_ms``), unbind and withdraw the announcement. Idempotent."""
         self._closed = True
+        _OPEN.discard(self)
         self._addresses = ()
         self._socket = None
-        if self._release is not None:
-            self._release()
-            self._release = None
+        if self._release is not None and (release := self._release.detach()) is not None:
+            _, function, arguments, _ = release  # calling the finalizer itself does nothing at exit
+            function(*arguments)
+        self._release = None
 
     @property
     def closed(self) -> bool:
@@ -173,6 +200,10 @@ class Endpoint:
     def __repr__(self) -> str:
         where = ", ".join(self._addresses) or ("closed" if self._closed else "not open")
         return f"{type(self).__name__}({self.run_id!r}, {where})"
+
+
+_OPEN: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+_exit_pid = 0
 
 
 def _bind_one(socket: zmq.Socket[bytes], address: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from esper.errors import ConfigError
-from esper.oona import CommandInbox, Publisher, find_runs
+from esper.oona import CommandInbox, Publisher, Subscriber, find_runs
 from esper.oona.runs import reserve
 
 CHILD = """
@@ -60,6 +60,29 @@ def test_a_killed_run_is_ignored_and_cleaned_up(runtime_dir: Path) -> None:
     child.communicate()
     assert len(list(runtime_dir.iterdir())) == 2
     assert find_runs() == []
+    assert list(runtime_dir.iterdir()) == []
+
+
+LAST_WORDS = """
+import sys
+from esper.messages import RunRecord
+from esper.oona import Publisher
+publisher = Publisher("r").open()
+print(publisher.addresses[1], flush=True)
+publisher.wait_for_subscriber("telemetry.growth.events", timeout_s=20)
+for step in range(200):
+    publisher.publish(RunRecord("r", "end", step, {"padding": "x" * 10_000}, 1.0))
+"""
+
+
+def test_the_last_messages_of_a_process_that_exits_without_close_arrive(runtime_dir: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", LAST_WORDS], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with Subscriber(child.stdout.readline().strip()) as subscriber:
+        child.communicate()
+        assert child.returncode == 0
+        steps = [message.step for _ in range(20) for _, message in subscriber.poll(50)]  # type: ignore[union-attr]
+    assert steps == list(range(200))
     assert list(runtime_dir.iterdir()) == []
 
 
