@@ -19,6 +19,7 @@ from esper.errors import CheckpointError, GrowthError, UnsupportedError
 
 __all__ = [
     "check_optimizer",
+    "fill_momentum",
     "group_names",
     "register_parameters",
     "reorder_groups",
@@ -103,7 +104,7 @@ def register_parameters(
         group["params"].append(parameter)
         if "param_names" in group:
             group["param_names"].append(name)
-        _fill_momentum(optimizer, group)
+        fill_momentum(optimizer, group)
     return [name for name, *_ in planned]
 
 
@@ -239,7 +240,7 @@ def _group_for_vectors(
     return max(places, key=lambda place: sum(p.ndim != 2 for p in place[1]["params"]))
 
 
-def _fill_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+def fill_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Give fused SGD the buffers that its kernel wants to be all there or all missing.
 
     A zero buffer leaves the first step what it is without one: 0 * momentum + gradient.

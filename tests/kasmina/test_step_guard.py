@@ -23,8 +23,6 @@ from esper.kasmina.step_guard import StepGuard
 # The runs are tiny, so Lightning's advice on data loading does not apply.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # Lightning 2.6 itself uses a name that newer torch deprecates.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
 ]
 
