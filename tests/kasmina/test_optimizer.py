@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -210,10 +209,7 @@ def test_schedulers_go_on_as_without_growth(name: str) -> None:
             rates.append([group["lr"] for group in optimizer.param_groups])
         return rates
 
-    with warnings.catch_warnings():
-        # torch's own SequentialLR steps its members with the deprecated epoch argument.
-        warnings.filterwarnings("ignore", message=".*epoch parameter.*")
-        assert run(True) == run(False)
+    assert run(True) == run(False)
 
 
 def test_frozen_host_falls_back_to_the_only_group() -> None:
