@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from math import prod
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.errors import GrowthError
-from esper.kasmina.sites import BuildContext, Site, SiteKind
+from esper.kasmina.sites import BuildContext, SiteKind
 
 __all__ = ["Blueprint", "Cost", "blueprint", "cost", "fitting", "get_blueprint", "names"]
 
@@ -70,8 +71,14 @@ def blueprint(
     """Register the decorated function as a blueprint; see :class:`Blueprint` for the arguments.
 
     Raises:
-        GrowthError: The name is taken by another function.
+        GrowthError: The name is taken by another function, or an argument is none of the known words.
     """
+    unknown = set(kinds) - set(get_args(SiteKind))
+    if unknown or not kinds or reads not in get_args(Reads):
+        raise GrowthError(
+            f"blueprint {name!r}: kinds should be some of {', '.join(get_args(SiteKind))} and reads one of "
+            f"{', '.join(get_args(Reads))}; got kinds={tuple(kinds)} and reads={reads!r}"
+        )
 
     def register(build: Builder) -> Builder:
         known = _REGISTRY.get(name)
@@ -81,11 +88,10 @@ def blueprint(
         )  # a notebook cell that is run again replaces its own blueprint
         if known is not None and not same:
             raise GrowthError(
-                f"blueprint {name!r} is already registered by {known.build.__module__}.{known.build.__qualname__}; "
-                "choose another name"
+                f"blueprint {name!r} is already registered by {known.build.__module__}."
+                f"{known.build.__qualname__}; choose another name"
             )
-        size = default_size if callable(default_size) else lambda context: default_size
-        _REGISTRY[name] = Blueprint(name, build, tuple(kinds), reads, size, accepts)
+        _REGISTRY[name] = Blueprint(name, build, tuple(kinds), reads, _sized(default_size), accepts)
         return build
 
     return register
@@ -125,20 +131,32 @@ def cost(entry: Blueprint, context: BuildContext, size: int) -> Cost:
         size: As passed to the builder.
 
     Returns:
-        Parameters, and FLOPs of one forward pass of one sample (2 per multiply-add).
+        Parameters, and FLOPs of one forward pass of one sample (2 per multiply-add; products of dense
+        layers, convolutions and attention scores). Of a further block only the dense layers are counted.
+
+    Raises:
+        GrowthError: The blueprint does not fit the place, or its branch gives another shape than the target.
     """
     branch = make_branch(entry, context, size, device=torch.device("meta"))
     parameters = sum(p.numel() for p in branch.parameters())
-    shape = context.site.source_shape if entry.reads == "source" else context.site.target_shape
+    site = context.site
+    if entry.reads == "block":
+        # A block may need masks that only its host can give, so it is not run.
+        return Cost(parameters, 2 * _positions(context) * _matrix_elements(branch))
+    shape = site.source_shape if entry.reads == "source" else site.target_shape
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        if context.site.functional:
-            branch.delta_weight()  # type: ignore[operator]
-        elif entry.reads == "block":
-            # A block may need masks that only its host can give: count its dense layers instead.
-            return Cost(parameters, 2 * context.site.positions * _matrix_elements(branch))
+        if site.functional:
+            given = branch.delta_weight().shape  # type: ignore[operator]
+            wanted = context.target_layer._parameters["weight"].shape  # type: ignore[union-attr]
         else:
-            branch(torch.empty((1, *shape), device="meta"))
+            given = branch(torch.empty((1, *shape), device="meta")).shape
+            wanted = torch.Size((1, *site.target_shape))
+    if given != wanted:
+        raise GrowthError(
+            f"blueprint {entry.name!r} at site {site.name!r}: its branch should give shape {tuple(wanted)}, "
+            f"but gives {tuple(given)}; correct the blueprint's builder"
+        )
     return Cost(parameters, int(counter.get_total_flops()))
 
 
@@ -149,7 +167,11 @@ def make_branch(entry: Blueprint, context: BuildContext, size: int, *, device: t
         GrowthError: The blueprint does not fit the place, or the size is not positive.
     """
     site = context.site
-    reason = f"it fits {' and '.join(entry.kinds)} sites" if site.kind not in entry.kinds else entry.accepts(context)
+    reason = (
+        f"it fits {' and '.join(entry.kinds)} sites"
+        if site.kind not in entry.kinds
+        else entry.accepts(context)
+    )
     if reason is not None:
         raise GrowthError(f"blueprint {entry.name!r} does not fit site {site.name!r}: {reason}")
     if size < 1:
@@ -159,13 +181,16 @@ def make_branch(entry: Blueprint, context: BuildContext, size: int, *, device: t
     return branch.to(device)
 
 
-def with_blueprints(site: Site, found: tuple[str, ...]) -> Site:
-    """Return ``site`` with the blueprints that fit it."""
-    values: dict[str, Any] = {name: getattr(site, name) for name in site.__struct_fields__}
-    return Site(**{**values, "blueprints": found})
+def _sized(default: int | Callable[[BuildContext], int]) -> Callable[[BuildContext], int]:
+    return default if callable(default) else lambda context: default
+
+
+def _positions(context: BuildContext) -> int:
+    """Positions at which a block's matrices apply: pixels when it is made of convolutions."""
+    block, shape = context.target_layer, context.site.target_shape
+    layers = [block.get_submodule(name) for name in context.output_projections]
+    return prod(shape[1:]) if any(isinstance(layer, nn.Conv2d) for layer in layers) else prod(shape[:-1])
 
 
 def _matrix_elements(branch: nn.Module) -> int:
     return sum(p.numel() for p in branch.parameters() if p.dim() > 1)
-
-
