@@ -130,7 +130,9 @@ class LightningRun:
         trainer = self.trainer
         if not trainer.enable_validation or not self._returns_loss():
             return
-        with torch.random.fork_rng(devices=_cuda_devices(self.module)):  # a loader draws its workers' base seed
+        with torch.random.fork_rng(
+            devices=_cuda_devices(self.module)
+        ):  # a loader draws its workers' base seed
             if trainer.val_dataloaders is None:
                 trainer.fit_loop.epoch_loop.val_loop.setup_data()
             loader = _first_loader(trainer.val_dataloaders)
@@ -179,7 +181,9 @@ def _silenced(module: L.LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
         for metric in module.modules():
             if isinstance(metric, Metric):
-                stack.callback(_restore_metric, metric, metric._copy_state_dict(), metric._update_count, metric._computed)
+                stack.callback(
+                    _restore_metric, metric, metric._copy_state_dict(), metric._update_count, metric._computed
+                )
         for name in ("log", "log_dict"):
             previous = module.__dict__.get(name)
             module.__dict__[name] = ignore

@@ -12,11 +12,11 @@ from typing import Any
 import lightning.pytorch as L
 import msgspec
 import torch
+from esper.callbacks.checks import check_optimizers, check_trainer
+from esper.callbacks.lightning_run import LightningRun, batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esper.callbacks.checks import check_optimizers, check_trainer
-from esper.callbacks.lightning_run import LightningRun, batch_size
 from esper.errors import CheckpointError, GrowthError
 from esper.kasmina.body import Body
 from esper.kasmina.optimizer import group_names, reorder_groups
@@ -69,7 +69,9 @@ class TamiyoCallback(L.Callback):
     ) -> None:
         self.config = build_config(config, **settings)
         self.listeners = list(listeners)
-        make_policy(self.config.policy, **self.config.policy_options)  # wrong options fail here, not in epoch 3
+        make_policy(
+            self.config.policy, **self.config.policy_options
+        )  # wrong options fail here, not in epoch 3
         self.run_id = uuid.uuid4().hex[:12]
         self._restored: dict[str, Any] | None = None
         self._reset()
@@ -161,7 +163,10 @@ class TamiyoCallback(L.Callback):
         if self.config.policy != "off":
             check_optimizers(trainer)
         self._run = LightningRun(
-            trainer, pl_module, num_batches=self.config.probes.held_out_batches, horizon_steps=self.config.horizon_steps
+            trainer,
+            pl_module,
+            num_batches=self.config.probes.held_out_batches,
+            horizon_steps=self.config.horizon_steps,
         )
         if self._restored is not None and self._restored["groups"] is not None:
             reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
@@ -196,7 +201,12 @@ class TamiyoCallback(L.Callback):
             self._tracer.__enter__()
             return
         interval = self.config.probes.interval_steps
-        if interval and self._probes is not None and not self._probes.active and (trainer.global_step + 1) % interval == 0:
+        if (
+            interval
+            and self._probes is not None
+            and not self._probes.active
+            and (trainer.global_step + 1) % interval == 0
+        ):
             self._step_started = time.perf_counter()
             self._probes.begin()
 
@@ -213,6 +223,10 @@ class TamiyoCallback(L.Callback):
         """Take gradient norms before clipping, and keep isolated seeds out of it."""
         if self._probes is not None:
             self._probes.note_gradients()
+        controller = self._controller
+        if controller is not None and controller.warden.wants_gradients(trainer.global_step + 1):
+            if getattr(trainer.precision_plugin, "scaler", None) is None:  # a scaler deals with inf by itself
+                controller.warden.note_gradients(pl_module.named_parameters())
         if self._body is not None:
             isolated = [list(s.parameters()) for s in self._body.seeds if s.stage == "training"]
             if isolated:
@@ -250,13 +264,19 @@ class TamiyoCallback(L.Callback):
         self._mark("end", trainer)
         self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Leave no hook, socket or open file behind."""
         self._drop_tracer()
         if self._recorder is not None:
             self._recorder.run(
                 RunRecord(
-                    self.run_id, "note", trainer.global_step, {"exception": type(exception).__name__}, time.time()
+                    self.run_id,
+                    "note",
+                    trainer.global_step,
+                    {"exception": type(exception).__name__},
+                    time.time(),
                 )
             )
         self._close()
@@ -298,7 +318,8 @@ class TamiyoCallback(L.Callback):
 
     def _begin(self, module: L.LightningModule, topology: ModelTopology) -> None:
         """Attach to the traced model and start the loop."""
-        assert self._run is not None and self._recorder is not None
+        assert self._run is not None
+        assert self._recorder is not None
         growing = self.config.policy != "off"
         self._body = Body(module, topology, seed=self.config.seed)
         policy = make_policy(self.config.policy, **self.config.policy_options)
@@ -347,8 +368,8 @@ class TamiyoCallback(L.Callback):
             if self._restored is not None:
                 self._journal.truncate_after(trainer.global_step)
         if self.config.bus is not None:
-            self._publisher = Publisher(self.config.bus, run_id=self.run_id)
-            self._inbox = CommandInbox(self.config.bus, run_id=self.run_id)
+            self._publisher = Publisher(self.run_id, self.config.bus, run_dir=path.parent).open()
+            self._inbox = CommandInbox(self.run_id, self.config.bus, run_dir=path.parent).open()
         self._recorder = Recorder(self.run_id, self._journal, self._publisher, self.listeners)
 
     def _close(self) -> None:
@@ -370,7 +391,12 @@ class TamiyoCallback(L.Callback):
 
     def _mark(self, event: str, trainer: L.Trainer) -> None:
         assert self._recorder is not None
-        info: dict[str, Any] = {"policy": self.config.policy, "seed": self.config.seed, "torch": torch.__version__}
+        info: dict[str, Any] = {
+            "policy": self.config.policy,
+            "seed": self.config.seed,
+            "torch": str(torch.__version__),
+            "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters()),
+        }
         if event == "end" and self._controller is not None:
             info |= {name: value for name, value in self.summary().items() if math.isfinite(value)}
         record = RunRecord(self.run_id, event, trainer.global_step, info, time.time())  # type: ignore[arg-type]
@@ -384,9 +410,19 @@ def _loss(outputs: Any) -> Tensor | None:
 
 def _health_metrics(signals: Sequence[HealthSignal]) -> dict[str, float]:
     """The figures of each layer that are worth a curve, under ``health/<layer>/<figure>``."""
-    shown = ("health_score", "activation_variance", "dead_neuron_ratio", "dormancy", "effective_rank", "gradient_norm", "update_ratio")  # fmt: skip
+    shown = (
+        "health_score",
+        "activation_variance",
+        "dead_neuron_ratio",
+        "dormancy",
+        "effective_rank",
+        "gradient_norm",
+        "update_ratio",
+    )
     return {
-        f"health/{signal.layer_id}/{f'{signal.seed_id}/' if signal.seed_id else ''}{figure}": getattr(signal, figure)
+        f"health/{signal.layer_id}/{f'{signal.seed_id}/' if signal.seed_id else ''}{figure}": getattr(
+            signal, figure
+        )
         for signal in signals
         for figure in shown
     }

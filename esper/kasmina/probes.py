@@ -90,7 +90,12 @@ class ProbeRunner:
                 self._probes[layer.name] = _Probe(module)
         for edge in topology.edges:
             producer, consumer = self._probes.get(edge.source), self._probes.get(edge.target)
-            if producer is not None and consumer is not None and not producer.has_consumer and _plain(edge.ops):
+            if (
+                producer is not None
+                and consumer is not None
+                and not producer.has_consumer
+                and _plain(edge.ops)
+            ):
                 producer.has_consumer = True
                 consumer.consumer_of.append(producer)
         for probe in self._probes.values():
@@ -112,7 +117,9 @@ class ProbeRunner:
                 if grads:
                     self._seed_gradients[seed.seed_id] = [gradient_norm(*grads)]
 
-    def end(self, *, step: int, epoch: int, ready: Iterable[str] = (), scores: dict[str, float] | None = None) -> list[HealthSignal]:  # fmt: skip
+    def end(
+        self, *, step: int, epoch: int, ready: Iterable[str] = (), scores: dict[str, float] | None = None
+    ) -> list[HealthSignal]:
         """Remove the observers and turn the samples into signals: layers first, then seeds.
 
         Args:
@@ -148,7 +155,9 @@ class ProbeRunner:
         ]
         for seed, figure, ratio in zip(seeds, figures[len(probes) :], ratios, strict=True):
             seed.state.facts.update(
-                gradient_norm=figure.gradient_norm, output_ratio=ratio, activation_variance=figure.activation_variance
+                gradient_norm=figure.gradient_norm,
+                output_ratio=ratio,
+                activation_variance=figure.activation_variance,
             )
             signals.append(self._seed_signal(seed, figure, step, epoch, seed.seed_id in set(ready)))
         self.cancel()
@@ -178,14 +187,18 @@ class ProbeRunner:
             error_count=figure.error_count,
         )
         active = sum(seed.stage != "fossilized" for seed in seeds)
-        return _signal(name, "", figure, step, epoch, score, False, health, probe.latency_ms, active, len(seeds))
+        return _signal(
+            name, "", figure, step, epoch, score, False, health, probe.latency_ms, active, len(seeds)
+        )
 
     def _seed_signal(
         self, seed: Seed, figure: LayerStatistics, step: int, epoch: int, ready: bool
     ) -> HealthSignal:
         health = health_score(rank_fraction=figure.rank_fraction, error_count=figure.error_count)
         active = int(seed.stage != "fossilized")
-        return _signal(seed.site.target, seed.seed_id, figure, step, epoch, 0.0, ready, health, 0.0, active, 1)
+        return _signal(
+            seed.site.target, seed.seed_id, figure, step, epoch, 0.0, ready, health, 0.0, active, 1
+        )
 
 
 def _signal(
@@ -222,8 +235,14 @@ def _output_ratios(seeds: list[Seed]) -> list[float]:
     if not seeds:
         return []
     pairs = [_given(seed.observed) for seed in seeds]
-    norms = [torch.linalg.vector_norm(s.float()) / torch.linalg.vector_norm(y.float()).clamp_min(1e-12) for s, y in pairs]
-    return [float(value) for value in torch.stack([norm.cpu() for norm in norms]).nan_to_num(0.0, 0.0, 0.0).tolist()]
+    norms = [
+        torch.linalg.vector_norm(s.float()) / torch.linalg.vector_norm(y.float()).clamp_min(1e-12)
+        for s, y in pairs
+    ]
+    return [
+        float(value)
+        for value in torch.stack([norm.cpu() for norm in norms]).nan_to_num(0.0, 0.0, 0.0).tolist()
+    ]
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -93,16 +93,18 @@ def score_sites(
     return scores
 
 
-def estimate_flops(body: Body, sites: Sequence[Site], num_samples: int, *, num_permutations: int = 16) -> float:
-    """FLOPs that :func:`score_sites` would cost on a batch of ``num_samples``, before it is run."""
+def estimate_flops(
+    body: Body, sites: Sequence[Site], num_samples: int, *, max_samples: int, num_permutations: int
+) -> float:
+    """FLOPs that :func:`score_sites` would cost on batches of ``num_samples``, before it is run."""
     total = 3.0 * body.flops * num_samples
     for site in sites:
         if site.kind == "bypass":
-            p = min(_width(site.source_shape), 1024)
-            target = body.model.get_submodule(site.target)
-            weight = target._parameters["weight"]
-            c = weight[0].numel() if weight is not None else 1
-            total += scoring_flops(min(num_samples, 1024), p, c, site.target_units, num_permutations=num_permutations)
+            weight = body.model.get_submodule(site.target)._parameters["weight"]
+            assert weight is not None
+            c, q = weight[0].numel(), site.target_units
+            n, p = min(num_samples * site.positions, max_samples), _width(site.source_shape)
+            total += scoring_flops(n, p, c, q, num_permutations=num_permutations)
     return total
 
 

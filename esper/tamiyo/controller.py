@@ -17,6 +17,7 @@ from esper.kasmina.expressivity import SiteScore
 from esper.kasmina.renewal import recycle_layer
 from esper.kasmina.scoring import estimate_flops, score_sites
 from esper.kasmina.seed import Seed
+from esper.kasmina.sites import Site
 from esper.messages import CacheHitRates, Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.evaluation import mean_loss
@@ -87,7 +88,9 @@ class Controller:
     def note_health(self, signals: Sequence[HealthSignal]) -> None:
         """Take the signals of a sampled step; they are published as one message."""
         for signal in signals:
-            self.health[signal.layer_id if not signal.seed_id else f"{signal.layer_id}/{signal.seed_id}"] = signal
+            self.health[signal.layer_id if not signal.seed_id else f"{signal.layer_id}/{signal.seed_id}"] = (
+                signal
+            )
         self.recorder.signals(list(signals))
 
     def request(self, decision: Decision) -> None:
@@ -111,7 +114,9 @@ class Controller:
         for decision in pending:
             self._carry_out(decision, step, epoch)
         if step >= self._next_decision:
-            self._next_decision = step + max(1, round(self.config.probes.decision_interval * self._total_steps))
+            self._next_decision = step + max(
+                1, round(self.config.probes.decision_interval * self._total_steps)
+            )
             if self.config.policy != "off":
                 self._decide(step, epoch)
             self._publish_performance(step, epoch)
@@ -128,7 +133,11 @@ class Controller:
         try:
             decisions = self.policy.decide(state)
         except EsperError as error:  # a measurement that cannot be taken now must not end the run
-            decisions = [Decision(action="wait", reason=f"the policy could not decide: {error}", policy=self.policy.name)]
+            decisions = [
+                Decision(
+                    action="wait", reason=f"the policy could not decide: {error}", policy=self.policy.name
+                )
+            ]
             self.recorder.error("", "policy", str(error))
         for decision in decisions:
             self._carry_out(decision, step, epoch)
@@ -180,19 +189,15 @@ class Controller:
         sites = [self.body.site(name) for name in names]
         batches = list(self.run.held_out()) or [self.run.recent()]
         samples = sum(batch.num_samples for batch in batches)
-        price = estimate_flops(self.body, sites, samples)
-        if not self.ledger.may_score(price, step, self._total_steps):
-            raise GrowthError(
-                f"scoring {len(sites)} sites would cost {price:.3g} FLOPs, more than max_scoring_fraction="
-                f"{self.config.budget.max_scoring_fraction:g} of the run's training leaves"
-            )
+        sites, rows, permutations, price = self._affordable(sites, samples, step)
         scores = score_sites(
             self.body,
             lambda: torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples,
             sites,
             size=size,
             generator=self.generator,
-            max_samples=self.config.probes.max_samples,
+            max_samples=rows,
+            num_permutations=permutations,
         )
         self.ledger.charge_scoring(price)
         for site in sites:
@@ -203,6 +208,29 @@ class Controller:
             CacheHitRates(self.recorder.run_id, step, self._cache_hits, self._cache_misses, time.time())
         )
         return scores
+
+    def _affordable(self, sites: Sequence[Site], samples: int, step: int) -> tuple[list[Site], int, int, float]:
+        """The best precision that its share of the run's FLOPs allows; then the cheapest sites alone.
+
+        Raises:
+            GrowthError: Not even one site can be scored.
+        """
+        most = self.config.probes.max_samples
+        chosen = list(sites)
+        price = 0.0
+        while chosen:
+            for rows, permutations in ((most, 16), (most // 2, 16), (most // 2, 8), (most // 4, 8), (most // 4, 4)):
+                rows = max(2, rows)
+                price = estimate_flops(
+                    self.body, chosen, samples, max_samples=rows, num_permutations=permutations
+                )
+                if self.ledger.may_score(price, step, self._total_steps):
+                    return chosen, rows, permutations, price
+            chosen.remove(max(chosen, key=lambda site: (math.prod(site.source_shape), site.name)))
+        raise GrowthError(
+            f"scoring a single site would cost {price:.3g} FLOPs, more than max_scoring_fraction="
+            f"{self.config.budget.max_scoring_fraction:g} of the run's training leaves"
+        )
 
     def _carry_out(self, decision: Decision, step: int, epoch: int) -> None:
         reason = refusal(
@@ -287,9 +315,7 @@ class Controller:
         self.retrained = True
         self._host_start = None
         reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"
-        self.recorder.decision(
-            Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True
-        )
+        self.recorder.decision(Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on besides model and optimizers; plain types and tensors."""
@@ -330,5 +356,10 @@ class Controller:
 def _seed_view(seed: Seed) -> SeedView:
     measured = seed.state.contributions
     return SeedView(
-        seed.seed_id, seed.site.name, seed.blueprint, seed.size, seed.stage, measured[-1] if measured else None
+        seed.seed_id,
+        seed.site.name,
+        seed.blueprint,
+        seed.size,
+        seed.stage,
+        measured[-1] if measured else None,
     )

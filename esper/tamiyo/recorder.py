@@ -66,7 +66,15 @@ class Recorder:
         """Record the answer to a decision point."""
         self._event(
             DecisionRecord(
-                self.run_id, self.step, self.epoch, decision, applied, refused, seed_id, self.num_parameters, time.time()
+                self.run_id,
+                self.step,
+                self.epoch,
+                decision,
+                applied,
+                refused,
+                seed_id,
+                self.num_parameters,
+                time.time(),
             )
         )
 
@@ -101,7 +109,9 @@ class Recorder:
 
     def timing(self, step_latency_ms: float, probe_latency_ms: float) -> None:
         """Publish what one sampled step and its probes took."""
-        self.publish(KernelPerformance(self.run_id, self.step, step_latency_ms, probe_latency_ms, time.time()))
+        self.publish(
+            KernelPerformance(self.run_id, self.step, step_latency_ms, probe_latency_ms, time.time())
+        )
 
     def performance(self, message: ModelPerformance) -> None:
         """Publish loss, size and cost so far."""
@@ -115,11 +125,12 @@ class Recorder:
     def _event(self, event: Event) -> None:
         if self._journal is not None:
             self._journal.write(event)
-        if not isinstance(event, RunRecord):
-            self.publish(event)
+        self.publish(event)
         for listener in list(self._listeners):
             try:
                 listener(event)
             except Exception:
-                _log.exception("a listener of growth events failed and will not be called again: %r", listener)
+                _log.exception(
+                    "a listener of growth events failed and will not be called again: %r", listener
+                )
                 self._listeners.remove(listener)

@@ -1,0 +1,1 @@
+"""Benchmarks of ``esper bench NAME``: each module has ``TITLE``, ``TARGETS`` and ``run``."""

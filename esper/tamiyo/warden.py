@@ -1,0 +1,144 @@
+"""Carries out what the governor says: feeds it, culls, rolls back, embargoes, and writes it down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import GrowthError
+from esper.kasmina.body import Body
+from esper.kasmina.layer import SEEDS
+from esper.kasmina.structure import seed_states_in
+from esper.messages import GovernorRecord
+from esper.tamiyo.gatekeeper import Gatekeeper
+from esper.tamiyo.governor import Governor, GovernorConfig, Response
+from esper.tamiyo.host_run import HostRun
+from esper.tamiyo.ledger import Ledger
+from esper.tamiyo.recorder import Recorder
+from esper.tamiyo.snapshot import renew_optimizer_state, restore
+
+__all__ = ["Warden"]
+
+
+class Warden:
+    """Applies a :class:`~esper.tamiyo.governor.Governor` to one run.
+
+    Args:
+        config: The governor's settings.
+        body: The host.
+        run: Gives the optimizers.
+        ledger: Keeps embargoes.
+        gatekeeper: Culls seeds.
+        recorder: Told of every intervention.
+    """
+
+    def __init__(
+        self, config: GovernorConfig, body: Body, run: HostRun, ledger: Ledger, gatekeeper: Gatekeeper,
+        recorder: Recorder,
+    ) -> None:  # fmt: skip
+        self.governor = Governor(config)
+        self._body = body
+        self._run = run
+        self._ledger = ledger
+        self._gatekeeper = gatekeeper
+        self._recorder = recorder
+        self._loss: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
+
+    @property
+    def halted(self) -> str:
+        """Why growth has been stopped for good; empty when it has not."""
+        return self.governor.halted
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember the latest loss; it is read from its device only when a check is due."""
+        self._loss = loss.detach()
+
+    def wants_gradients(self, next_step: int) -> bool:
+        """Whether the gradients of optimizer step ``next_step`` will be judged."""
+        return self.governor.config.check_due(next_step)
+
+    def note_gradients(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Take the norm of the host's gradients, seeds left out, before they are clipped."""
+        grads = [
+            p.grad for name, p in named_parameters if p.grad is not None and SEEDS not in name.split(".")
+        ]
+        self._gradient_norm = nn.utils.get_total_norm(grads) if grads else None
+
+    def inspect(self, step: int) -> None:
+        """Check the run when a check is due, and act on the answer."""
+        if self._loss is None or not self.governor.config.check_due(step):
+            return
+        norm = None if self._gradient_norm is None else float(self._gradient_norm)
+        verdict = self.governor.check(step, float(self._loss), norm)
+        self._loss = self._gradient_norm = None
+        if verdict.kind != "diverged":
+            return
+        young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
+        newest_first = sorted(young, key=lambda seed: seed.record.age_steps)
+        response = self.governor.respond(verdict, newest_first, host_finite=self._host_finite())
+        self._act(response, step)
+        self.governor.applied(response)
+
+    def before_adaptation(self, step: int, site: str) -> None:
+        """Keep the state to come back to.
+
+        Raises:
+            GrowthError: The run is not known to be well, so nothing may be adapted now.
+        """
+        if self.governor.snapshot_step == step:
+            return  # several adaptations between the same two steps share the state before the first
+        reason = self.governor.take_snapshot(
+            self._body.model, list(self._run.optimizers), step=step, site=site
+        )
+        if reason:
+            raise GrowthError(f"the governor allows no adaptation now: {reason}")
+
+    def _act(self, response: Response, step: int) -> None:
+        if response.kind == "none":
+            return
+        if response.kind == "cull":
+            self._gatekeeper.cull(response.target, response.reason, step, response.measurements)
+            # The explosion is still in the moments: Adam would hardly move the host again.
+            renew_optimizer_state(self._body.model, list(self._run.optimizers), self.governor.snapshot)
+        elif response.kind == "rollback":
+            self._roll_back(response, step)
+        self._recorder.governor(
+            GovernorRecord(
+                self._recorder.run_id, step, self._recorder.epoch, response.kind, response.target, response.reason,
+                dict(response.measurements), time.time(),
+            )
+        )  # fmt: skip
+
+    def _roll_back(self, response: Response, step: int) -> None:
+        snapshot = self.governor.snapshot
+        assert snapshot is not None
+        kept = {state.seed_id for state in seed_states_in(snapshot.model)}
+        for seed in self._body.seeds:
+            if seed.seed_id not in kept:
+                self._gatekeeper.forget(seed, response.reason)
+        restore(self._body.model, list(self._run.optimizers), snapshot)
+        for seed in self._body.seeds:
+            seed.bind(self._body)
+        if response.target:
+            self._ledger.embargo(response.target, step + self.governor.config.embargo_steps)
+
+    def _host_finite(self) -> bool:
+        checks = [
+            torch.isfinite(p).all()
+            for name, p in self._body.model.named_parameters()
+            if SEEDS not in name.split(".")
+        ]
+        return all(bool(check) for check in checks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next check depends on; plain types and tensors."""
+        return {"governor": self.governor.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take on what :meth:`state_dict` returned."""
+        self.governor.load_state_dict(state["governor"])
