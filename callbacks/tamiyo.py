@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from esper.errors import CheckpointError, GrowthError
 from esper.kasmina.body import Body
-from esper.kasmina.optimizer import group_names, reorder_groups
+from esper.kasmina.optimizer import group_names, reorder_groups, unwrap
 from esper.kasmina.probes import ProbeRunner
 from esper.kasmina.sites import Site
 from esper.kasmina.step_guard import StepGuard
@@ -88,6 +88,7 @@ class TamiyoCallback(L.Callback):
         self._publisher: Publisher | None = None
         self._inbox: CommandInbox | None = None
         self._requests: list[Decision] = []
+        self._newborn: dict[str, list[torch.nn.Parameter]] = {}
         self._last_step = 0
         self._step_started = 0.0
 
@@ -228,14 +229,7 @@ class TamiyoCallback(L.Callback):
             if getattr(trainer.precision_plugin, "scaler", None) is None:  # a scaler deals with inf by itself
                 controller.warden.note_gradients(pl_module.named_parameters())
         if self._body is not None:
-            isolated = [list(s.parameters()) for s in self._body.seeds if s.stage == "training"]
-            if isolated:
-                guard = self._guards[id(getattr(optimizer, "optimizer", optimizer))]
-                guard.stash(
-                    isolated,
-                    clip=trainer.gradient_clip_val,
-                    algorithm="value" if trainer.gradient_clip_algorithm == "value" else "norm",
-                )
+            self._protect(trainer, self._guards[id(unwrap(optimizer))])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -332,13 +326,30 @@ class TamiyoCallback(L.Callback):
             self._body.check_evaluation(self._run.held_out()[0])
         self._recorder.num_parameters = self._body.num_parameters
 
+    def _protect(self, trainer: L.Trainer, guard: StepGuard) -> None:
+        """Keep the gradients of young seeds from reaching the host through clipping by total norm."""
+        assert self._body is not None
+        young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
+        isolated = [list(seed.parameters()) for seed in young if seed.stage == "training"]
+        felt = [p for seed in young if seed.stage != "training" for p in seed.parameters()]
+        if isolated:
+            algorithm = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
+            guard.stash(isolated, clip=trainer.gradient_clip_val, algorithm=algorithm)
+        if felt:
+            guard.shield(felt)
+
     def _scale_births(self) -> None:
-        multiplier = self.config.birth_lr_multiplier
-        if multiplier == 1.0 or self._body is None:
+        """Give newborn parameters their own step size, until they are fossilised or gone."""
+        if self.config.birth_lr_multiplier == 1.0 or self._body is None:
             return
-        for seed in self._body.seeds:
-            for guard in self._guards.values():
-                guard.scale_updates(seed.parameters(), 1.0 if seed.stage == "fossilized" else multiplier)
+        young = {s.seed_id: list(s.parameters()) for s in self._body.seeds if s.stage != "fossilized"}
+        for guard in self._guards.values():
+            for seed_id, parameters in self._newborn.items():
+                if seed_id not in young:
+                    guard.forget(parameters)
+            for parameters in young.values():
+                guard.scale_updates(parameters, self.config.birth_lr_multiplier)
+        self._newborn = young
 
     def _finish_probe(self, trainer: L.Trainer) -> None:
         probes, controller = self._probes, self._controller
