@@ -81,7 +81,9 @@ class Body:
                 return site
         layer = wanted.split(":", 1)[-1].split("->")[-1]
         if layer in self.refused:
-            raise GrowthError(f"no site {wanted!r}: layer {layer!r} was refused, because it is {self.refused[layer]}")
+            raise GrowthError(
+                f"no site {wanted!r}: layer {layer!r} was refused, because it is {self.refused[layer]}"
+            )
         known = ", ".join(site.name for site in self.sites[:12]) or "none"
         more = f" and {len(self.sites) - 12} more" if len(self.sites) > 12 else ""
         raise GrowthError(f"no site {wanted!r} in this model; sites are {known}{more}")
@@ -276,7 +278,9 @@ def detach(model: nn.Module) -> None:
     """
     if has_seeds(model):
         ids = ", ".join(seed.seed_id for seed in all_seeds(model))
-        raise AttachError(f"the model still carries seeds ({ids}): esper.export it, or cull them before detaching")
+        raise AttachError(
+            f"the model still carries seeds ({ids}): esper.export it, or cull them before detaching"
+        )
     for module in model.modules():
         restore_class(module)
 

@@ -46,7 +46,9 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
     for layer in usable.values():
         if layer.output_projections:
             _add(candidates, _site("stack", layer, layer))
-    return [site for site in (_fitted(model, topology, site) for site in candidates.values()) if site.blueprints]
+    return [
+        site for site in (_fitted(model, topology, site) for site in candidates.values()) if site.blueprints
+    ]
 
 
 def context_of(model: nn.Module, topology: ModelTopology, site: Site) -> BuildContext:

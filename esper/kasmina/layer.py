@@ -94,8 +94,10 @@ class Slot:
         y = forward(*args, **kwargs)
         seeds = layer._modules.get(SEEDS)
         if seeds is not None:
+            # What a stacked block is given besides its first input, whichever way the host passed that.
+            further = kwargs if args else dict(list(kwargs.items())[1:])
             for seed in seeds.children():
-                y = seed(x, y, args[1:], kwargs)
+                y = seed(x, y, args[1:], further)
         if self.observer is not None:
             self.observer.observe(layer, x, y, (time.perf_counter() - started) * 1e3)
         return y
@@ -139,15 +141,15 @@ _CLASSES: dict[tuple[type, bool], type] = {}
 
 
 def swap_class(layer: nn.Module, *, functional: bool = False) -> None:
-    """Turn ``layer`` into a seed layer in place; does nothing when it already is one.
+    """Turn ``layer`` into a seed layer in place; does nothing when it already is one of that kind.
 
     Args:
         layer: Any module whose parameters are materialised.
         functional: The layer's weight is used without calling the layer.
     """
-    if isinstance(layer, SeedLayer):
+    if isinstance(layer, WeightSeedLayer) or (isinstance(layer, SeedLayer) and not functional):
         return
-    layer.__class__ = _seed_class(type(layer), functional)
+    layer.__class__ = _seed_class(base_class(layer), functional)
 
 
 def restore_class(layer: nn.Module) -> None:
@@ -229,5 +231,3 @@ def _seed_class(cls: type, functional: bool) -> type:
 
 def _rebuild(cls: type, functional: bool) -> Any:
     return object.__new__(_seed_class(cls, functional))
-
-

@@ -54,8 +54,12 @@ class SeedState(msgspec.Struct):
     contributions: list[float] = msgspec.field(default_factory=list)
 
 
-_ENCODER = msgspec.json.Encoder()
-_DECODER = msgspec.json.Decoder(SeedState)
+# MessagePack rather than JSON: a diverging seed's facts hold NaN and inf, which JSON cannot write.
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(SeedState)
+
+_ISOLATED: tuple[Stage, ...] = ("germinated", "training")
+"""Stages in which a seed may not be felt by its host."""
 
 
 class Seed(nn.Module):
@@ -85,7 +89,7 @@ class Seed(nn.Module):
         # Buffers, not Python numbers: a blending step then neither recompiles nor syncs a device.
         self.register_buffer("alpha", torch.tensor(state.alpha), persistent=False)
         self.register_buffer("non_finite", torch.tensor(state.non_finite), persistent=False)
-        self._quiet_dropout()
+        self._set_branch_mode()
 
     @property
     def state(self) -> SeedState:
@@ -135,7 +139,7 @@ class Seed(nn.Module):
         self._state.stage_age_steps = 0
         self._state.contributions = []
         self.alpha.fill_(alpha)
-        self._quiet_dropout()
+        self._set_branch_mode()
 
     def set_alpha(self, alpha: float) -> None:
         """Set the weight of the contribution, in place and without a device sync."""
@@ -151,9 +155,9 @@ class Seed(nn.Module):
             self._override = previous
 
     def train(self, mode: bool = True) -> Seed:
-        """Switch mode; an isolated seed's dropout stays off so that it draws no host random numbers."""
+        """Switch mode; the branch of an isolated seed stays in evaluation (see :meth:`_set_branch_mode`)."""
         super().train(mode)
-        self._quiet_dropout()
+        self._set_branch_mode()
         return self
 
     def bind(self, body: Any) -> None:
@@ -168,7 +172,9 @@ class Seed(nn.Module):
         """
         order: tuple[Stage, ...] = ("germinated", "training", "blending", "holding", "fossilized")
         if self.stage not in order[:-1]:
-            raise LifecycleError(f"seed {self.seed_id} is {self.stage}; only a seed on its way to fossilized advances")
+            raise LifecycleError(
+                f"seed {self.seed_id} is {self.stage}; only a seed on its way to fossilized advances"
+            )
         following = order[order.index(self.stage) + 1]
         # By hand there is no schedule: blending starts half way, so that the seed is undetached and felt.
         self.enter(following, {"training": 0.0, "blending": 0.5}.get(following, 1.0))
@@ -181,7 +187,9 @@ class Seed(nn.Module):
         """
         body = None if self._body is None else self._body()
         if body is None:
-            raise GrowthError(f"seed {self.seed_id} belongs to no attached model; call attach(model, ...) first")
+            raise GrowthError(
+                f"seed {self.seed_id} belongs to no attached model; call attach(model, ...) first"
+            )
         body.cull(self, optimizers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,9 +235,11 @@ class Seed(nn.Module):
             weight: The target's weight so far, [out_features, in_features].
         """
         stage = self.stage
-        if self._override is None and (stage == "germinated" or (stage == "training" and not torch.is_grad_enabled())):
+        if self._override is None and (
+            stage == "germinated" or (stage == "training" and not torch.is_grad_enabled())
+        ):
             return weight
-        delta = self.branch.delta_weight().to(weight.dtype)
+        delta = self.branch.delta_weight().to(weight.dtype)  # type: ignore[operator]
         if self._override is not None:
             if self.observing:
                 self.observed = (delta.detach(), weight.detach())
@@ -237,10 +247,14 @@ class Seed(nn.Module):
         if stage == "fossilized":
             return weight + delta
         self._note(delta, weight)
-        return isolate(weight, delta, self._state.radius) if stage == "training" else guarded_add(weight, delta, self.alpha)
+        return (
+            isolate(weight, delta, self._state.radius)
+            if stage == "training"
+            else guarded_add(weight, delta, self.alpha)
+        )
 
     def get_extra_state(self) -> Tensor:
-        """The seed's record as JSON bytes in a uint8 tensor, so that any state-dict format carries it."""
+        """The seed's record as bytes in a uint8 tensor, so that any state-dict format carries it."""
         return torch.frombuffer(bytearray(_ENCODER.encode(self.state)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -256,7 +270,7 @@ class Seed(nn.Module):
         self._state = state
         self.alpha.fill_(state.alpha)
         self.non_finite.fill_(state.non_finite)
-        self._quiet_dropout()
+        self._set_branch_mode()
 
     def extra_repr(self) -> str:
         state = self._state
@@ -272,21 +286,18 @@ class Seed(nn.Module):
                 f"seed {self.seed_id} at {self.site.name}: layer {self.site.source!r} should have run before "
                 f"{self.site.target!r} in this forward pass, but did not. Cull the seed, or call both layers."
             )
+        if self.branch.training != (self.training and self.stage not in _ISOLATED):
+            self._set_branch_mode()  # Lightning restores modes after validation flag by flag, past train()
         if detach:
             x = x.detach()
         elif guard:
             x = guard_gradient(x)
         if self.reads == "block":
-            # The block's named inputs may include its first one when the host calls it by keyword.
-            rest = {k: v for k, v in kwargs.items() if args or k != self._first_keyword(kwargs)}
-            s = primary(self.branch(x, *args, **rest)) - x
+            # A copy: a block that adds to its input in place would write into the host's value.
+            s = primary(self.branch(x.clone(), *args, **kwargs)) - x
         else:
             s = self.branch(x)
         return s if s.dtype == host.dtype else s.to(host.dtype)
-
-    @staticmethod
-    def _first_keyword(kwargs: dict[str, Any]) -> str | None:
-        return next(iter(kwargs), None)
 
     def _note(self, s: Tensor, host: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
@@ -295,12 +306,13 @@ class Seed(nn.Module):
             if self.observing:
                 self.observed = (s.detach(), host.detach())
 
-    def _quiet_dropout(self) -> None:
-        # A drawn mask would shift the host's own random stream, which isolation promises not to touch.
-        if self._state.stage in ("germinated", "training"):
-            for module in self.branch.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.training = False
+    def _set_branch_mode(self) -> None:
+        """Keep an isolated seed's branch in evaluation, else in the seed's own mode.
+
+        Dropout would draw from the host's random stream, which isolation promises not to shift; the
+        whole branch is switched because blocks call ``F.dropout(x, p, self.training)`` as well.
+        """
+        self.branch.train(self.training and self._state.stage not in _ISOLATED)
 
 
 def decode_state(data: Tensor, where: str) -> SeedState:

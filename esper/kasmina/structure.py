@@ -134,7 +134,9 @@ def conform(model: nn.Module, wanted: list[SeedState]) -> None:
             context = build_context(model, state.site, state.output_projections)
             make_branch(get_blueprint(state.blueprint), context, state.size, device=torch.device("meta"))
         except EsperError as error:
-            raise CheckpointError(f"seed {state.seed_id!r} of the checkpoint does not fit this model: {error}") from error
+            raise CheckpointError(
+                f"seed {state.seed_id!r} of the checkpoint does not fit this model: {error}"
+            ) from error
     for seed_id, seed in present.items():
         if seed_id not in kept:
             uproot(model, seed)

@@ -118,7 +118,10 @@ class TamiyoConfig:
         window = tuple(self.window)
         _check(
             self,
-            (len(window) == 2 and 0 <= window[0] < window[1] <= 1, "window should be two shares, 0 <= from < to <= 1"),
+            (
+                len(window) == 2 and 0 <= window[0] < window[1] <= 1,
+                "window should be two shares, 0 <= from < to <= 1",
+            ),
             (self.horizon_steps is None or self.horizon_steps >= 1, "horizon_steps should be at least 1"),
             (self.finish in ("keep", "retrain"), "finish should be 'keep' or 'retrain'"),
             (self.birth_lr_multiplier > 0, "birth_lr_multiplier should be positive"),

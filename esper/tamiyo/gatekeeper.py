@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from esper.kasmina.body import Body
-from esper.kasmina.lifecycle import Facts, Lifecycle, LifecycleConfig, Transition, next_transition, stage_alpha
+from esper.kasmina.lifecycle import (
+    Facts,
+    Lifecycle,
+    LifecycleConfig,
+    Transition,
+    next_transition,
+    stage_alpha,
+)
 from esper.kasmina.seed import Seed
 from esper.kasmina.trace import preserved
 from esper.messages import Stage
@@ -85,7 +92,9 @@ class Gatekeeper:
             if seed.stage != "fossilized":
                 self._step_through(seed)
 
-    def cull(self, seed_id: str, reason: str, step: int, measurements: Mapping[str, float] | None = None) -> None:
+    def cull(
+        self, seed_id: str, reason: str, step: int, measurements: Mapping[str, float] | None = None
+    ) -> None:
         """Remove a seed by a decision from outside its gate."""
         seed = next(s for s in self._body.seeds if s.seed_id == seed_id)
         self._apply(seed, Transition(seed.stage, "culled", reason, dict(measurements or {})))
@@ -201,7 +210,9 @@ class Gatekeeper:
     def state_dict(self) -> dict[str, Any]:
         """Histories and resting sites as plain types."""
         return {
-            "lifecycles": {seed_id: lifecycle.state_dict() for seed_id, lifecycle in self._lifecycles.items()},
+            "lifecycles": {
+                seed_id: lifecycle.state_dict() for seed_id, lifecycle in self._lifecycles.items()
+            },
             "resting": {site: list(value) for site, value in self._resting.items()},
         }
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 __all__ = ["HostRun", "LossOnBatch"]
 
+
 class LossOnBatch(Protocol):
     """Runs the host on one fixed batch and returns its mean loss, without side effects on logs or metrics."""
 
