@@ -50,6 +50,10 @@ class CNN(nn.Module):
 class ConvHost(CNN):
     """The convolutions alone: the last one is the output layer."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        del self.out
+
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
 

@@ -35,8 +35,16 @@ def built(at: Place, size: int | None = None) -> tuple[nn.Module, BuildContext]:
 
 def test_the_nine_are_registered_on_import():
     assert {
-        "attention", "bottleneck", "conv_widen", "depthwise", "lowrank", "norm", "shortcut", "stack", "widen",
-    } <= set(names())  # fmt: skip
+        "attention",
+        "bottleneck",
+        "conv_widen",
+        "depthwise",
+        "lowrank",
+        "norm",
+        "shortcut",
+        "stack",
+        "widen",
+    } <= set(names())
 
 
 @each_place
@@ -128,7 +136,15 @@ def test_default_sizes():
 
 
 def test_widen_draws_he_weights_and_has_a_silent_fan_out():
-    at = Place("widen", lambda: nn.Sequential(nn.Linear(50, 4), nn.ReLU(), nn.Linear(4, 3)), (50,), "bypass", "0", "2", ops=("relu",))  # fmt: skip
+    at = Place(
+        "widen",
+        lambda: nn.Sequential(nn.Linear(50, 4), nn.ReLU(), nn.Linear(4, 3)),
+        (50,),
+        "bypass",
+        "0",
+        "2",
+        ops=("relu",),
+    )
     branch, _ = built(at, size=4000)
     assert branch.fan_in.weight.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.02)
     assert not branch.fan_in.bias.any()
@@ -151,7 +167,7 @@ def test_widen_equals_a_wider_host():
 
 def test_a_closed_form_start_sets_the_fan_in_only():
     at = place("widen")
-    branch, context = built(at, size=8)
+    branch, _ = built(at, size=8)
     generator = torch.Generator().manual_seed(0)
     A, B, G = (torch.randn(200, d, generator=generator) for d in (6, 5, 7))
     start = closed_form_start(A, B, G, 8, generator=generator)
@@ -191,7 +207,9 @@ def test_conv_widen_takes_strides_pools_and_activation_from_the_host():
     assert (branch.fan_in.stride, branch.fan_in.kernel_size) == ((2, 2), (5, 5))
     assert [type(m) for m in branch.between] == [nn.GELU, nn.MaxPool2d]
     assert (branch.fan_out.dilation, branch.fan_out.padding_mode) == ((2, 2), "circular")
-    grouped, _ = built(Place("conv_widen", place("conv_widen").host, (2, 16, 16), "bypass", "conv2", "conv3", ops=("relu",)))  # fmt: skip
+    grouped, _ = built(
+        Place("conv_widen", place("conv_widen").host, (2, 16, 16), "bypass", "conv2", "conv3", ops=("relu",))
+    )
     assert grouped.fan_out.groups == 1
 
 
@@ -329,35 +347,84 @@ def refusal(at: Place) -> str:
 
 
 MLP_, CNN_, ATTENTION, TOKENS = (
-    place("widen").host, place("conv_widen").host, place("lowrank", "Attention").host, place("shortcut", "Tokens").host,
-)  # fmt: skip
+    place("widen").host,
+    place("conv_widen").host,
+    place("lowrank", "Attention").host,
+    place("shortcut", "Tokens").host,
+)
 
 
 @pytest.mark.parametrize(
     ("at", "text"),
     [
-        (Place("widen", CNN_, (2, 16, 16), "bypass", "conv3", "out", ops=("relu",)), "source 'conv3' should be an nn.Linear, but is Conv2d"),
-        (Place("widen", MLP_, (6,), "bypass", "fc1", "fc2", ops=("relu", "AddBackward0")), "only element-wise operations may lie, but there is AddBackward0"),
-        (Place("widen", TOKENS, (5, 6), "bypass", "embed", "out", ops=("tanh",)), r"positions \(5,\) are not the target's \(\)"),
+        (
+            Place("widen", CNN_, (2, 16, 16), "bypass", "conv3", "out", ops=("relu",)),
+            "source 'conv3' should be an nn.Linear, but is Conv2d",
+        ),
+        (
+            Place("widen", MLP_, (6,), "bypass", "fc1", "fc2", ops=("relu", "AddBackward0")),
+            "only element-wise operations may lie, but there is AddBackward0",
+        ),
+        (
+            Place("widen", TOKENS, (5, 6), "bypass", "embed", "out", ops=("tanh",)),
+            r"positions \(5,\) are not the target's \(\)",
+        ),
         (Place("widen", MLP_, (6,), "parallel", "fc1", "fc1"), "it fits bypass sites"),
-        (Place("conv_widen", MLP_, (6,), "bypass", "fc1", "fc2", ops=("relu",)), "source 'fc1' should be an nn.Conv2d, but is Linear"),
-        (Place("conv_widen", CNN_, (2, 16, 16), "bypass", "conv1", "conv2", ops=("gelu",)), r"gives an output of \(6, 8, 8\), but the target's is \(6, 4, 4\)"),
-        (Place("conv_widen", CNN_, (2, 16, 16), "bypass", "conv2", "conv3", ops=("reshape",)), "there is reshape"),
-        (Place("bottleneck", CNN_, (2, 16, 16), "parallel", "conv1", "conv1"), "should be an nn.Linear, but is Conv2d"),
-        (Place("bottleneck", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True), "without calling it.*use 'lowrank'"),
-        (Place("norm", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True), "without calling it"),
-        (Place("attention", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True), "without calling it"),
+        (
+            Place("conv_widen", MLP_, (6,), "bypass", "fc1", "fc2", ops=("relu",)),
+            "source 'fc1' should be an nn.Conv2d, but is Linear",
+        ),
+        (
+            Place("conv_widen", CNN_, (2, 16, 16), "bypass", "conv1", "conv2", ops=("gelu",)),
+            r"gives an output of \(6, 8, 8\), but the target's is \(6, 4, 4\)",
+        ),
+        (
+            Place("conv_widen", CNN_, (2, 16, 16), "bypass", "conv2", "conv3", ops=("reshape",)),
+            "there is reshape",
+        ),
+        (
+            Place("bottleneck", CNN_, (2, 16, 16), "parallel", "conv1", "conv1"),
+            "should be an nn.Linear, but is Conv2d",
+        ),
+        (
+            Place(
+                "bottleneck", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True
+            ),
+            "without calling it.*use 'lowrank'",
+        ),
+        (
+            Place("norm", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True),
+            "without calling it",
+        ),
+        (
+            Place(
+                "attention", ATTENTION, (5, 8), "parallel", "attn.out_proj", "attn.out_proj", functional=True
+            ),
+            "without calling it",
+        ),
         (Place("attention", MLP_, (6,), "parallel", "fc2", "fc2"), r"has shape \(7,\)"),
         (Place("attention", MLP_, (1, 6), "parallel", "fc2", "fc2"), "one token has nothing to attend to"),
-        (Place("norm", lambda: nn.Sequential(nn.Linear(6, 1)), (6,), "parallel", "0", "0"), "one value has no mean and spread"),
-        (Place("lowrank", CNN_, (2, 16, 16), "parallel", "conv1", "conv1"), "should be an nn.Linear, but is Conv2d"),
+        (
+            Place("norm", lambda: nn.Sequential(nn.Linear(6, 1)), (6,), "parallel", "0", "0"),
+            "one value has no mean and spread",
+        ),
+        (
+            Place("lowrank", CNN_, (2, 16, 16), "parallel", "conv1", "conv1"),
+            "should be an nn.Linear, but is Conv2d",
+        ),
         (Place("depthwise", MLP_, (6,), "parallel", "fc1", "fc1"), "should be an nn.Conv2d, but is Linear"),
         (Place("shortcut", MLP_, (6,), "bypass", "fc1", "fc2", ops=("relu",)), "it is for long bypasses"),
-        (Place("stack", place("stack").host, (5, 6), "stack", "block", "block"), "no pre-norm residual block"),
-        (Place("stack", place("stack").host, (5, 6), "stack", "block", "block", projections=("mlp.nope",)), "has no output projection 'mlp.nope'"),
+        (
+            Place("stack", place("stack").host, (5, 6), "stack", "block", "block"),
+            "no pre-norm residual block",
+        ),
+        (
+            Place("stack", place("stack").host, (5, 6), "stack", "block", "block", projections=("mlp.nope",)),
+            "has no output projection 'mlp.nope'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, Place) else "",
-)  # fmt: skip
+)
 def test_refusals_say_why(at, text):
     import re
 
