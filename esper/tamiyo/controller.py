@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -152,11 +153,8 @@ class Controller:
             SiteView(site, ledger.unavailable(site.name, step) or ("occupied" if site.name in alive else ""))
             for site in body.sites
         ]
-        held_out = self.run.held_out()
         samples_per_step = ledger.num_samples / max(1, step)
         tokens = samples_per_step * self._total_steps * body.topology.positions
-        if held_out:
-            self.ledger.charge_scoring(float(body.flops * sum(batch.num_samples for batch in held_out)))
         return GrowthState(
             step=step,
             total_steps=self._total_steps,
@@ -172,13 +170,20 @@ class Controller:
             flops_left=ledger.flops_left(step, self._total_steps),
             germinations_left=ledger.germinations_left(epoch),
             train_loss=float(self._loss_sum) / self._loss_count if self._loss_count else math.nan,
-            held_out_loss=mean_loss(body, held_out) if held_out else None,
+            measure_held_out_loss=functools.cache(self._held_out_loss),
             tokens_per_parameter=tokens / max(1, ledger.host_parameters),
             transformer=body.topology.transformer,
             cost=body.cost,
             score=lambda names, size: self._score(names, size, step),
             generator=self.generator,
         )
+
+    def _held_out_loss(self) -> float | None:
+        batches = self.run.held_out()
+        if not batches:
+            return None
+        self.ledger.charge_scoring(float(self.body.flops * sum(batch.num_samples for batch in batches)))
+        return mean_loss(self.body, batches)
 
     def _score(self, names: Sequence[str], size: int, step: int) -> dict[str, SiteScore]:
         key = (step, tuple(names), size)

@@ -56,7 +56,8 @@ class GrowthState:
         flops_left: Training FLOPs that the budget still allows growth to add (inf when unlimited).
         germinations_left: Germinations that the per-epoch limit still allows.
         train_loss: Mean training loss since the last decision point.
-        held_out_loss: Loss on the probe batches, None when there are none.
+        measure_held_out_loss: Measures the loss on the held-out batches (once a decision point, and
+            charged); returns None when there are none.
         tokens_per_parameter: Positions trained on over the whole run, divided by host parameters.
         transformer: The host has residual blocks with attention.
         cost: ``cost(site_name, blueprint, size)`` before anything is built.
@@ -79,7 +80,7 @@ class GrowthState:
     flops_left: float
     germinations_left: int
     train_loss: float
-    held_out_loss: float | None
+    measure_held_out_loss: Callable[[], float | None]
     tokens_per_parameter: float
     transformer: bool
     cost: Callable[[str, str, int], Cost]
