@@ -117,7 +117,7 @@ class SeedLayer:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The swapped class has no importable name: rebuild it from the original on unpickling.
         functional = isinstance(self, WeightSeedLayer)
-        return _rebuild, (base_class(self), functional), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, (base_class(self), functional), self.__getstate__()
 
 
 class WeightSeedLayer(SeedLayer):

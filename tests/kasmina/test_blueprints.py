@@ -16,6 +16,7 @@ from esper.kasmina.blueprints.norm import GroupedLayerNorm
 from esper.kasmina.blueprints.registry import _REGISTRY
 from esper.kasmina.blueprints.stack import plain_copy
 from esper.kasmina.blueprints.units import HiddenUnits
+from esper.kasmina.body import attach
 from esper.kasmina.closed_form import closed_form_start
 from esper.kasmina.layer import SEEDS, SeedLayer, get_slot
 from esper.kasmina.sites import BuildContext
@@ -477,3 +478,14 @@ def test_registry_errors(registry):
         cost(get_blueprint("misfit"), context, 4)
     with pytest.raises(GrowthError, match="size should be at least 1, got 0"):
         make_branch(get_blueprint("bottleneck"), context, 0, device=CPU)
+
+
+def test_a_stacked_block_registers_beside_a_seed_on_a_weight_of_its_original():
+    """Each new parameter follows its original's group, also where a seed stands in for that weight."""
+    at = place("stack", "torch_block")
+    model = at.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    body = attach(model, at.batch())
+    body.germinate("parallel:block.self_attn.out_proj", "lowrank").enter("training", 0.0)
+    stacked = body.germinate("stack:block", "stack")
+    assert body.register(optimizer) == 2 + len(list(stacked.branch.parameters()))
