@@ -333,8 +333,10 @@ class TamiyoCallback(L.Callback):
         isolated = [list(seed.parameters()) for seed in young if seed.stage == "training"]
         felt = [p for seed in young if seed.stage != "training" for p in seed.parameters()]
         if isolated:
-            algorithm = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
-            guard.stash(isolated, clip=trainer.gradient_clip_val, algorithm=algorithm)
+            by_value = trainer.gradient_clip_algorithm == "value"
+            guard.stash(
+                isolated, clip=trainer.gradient_clip_val, algorithm="value" if by_value else "norm"
+            )
         if felt:
             guard.shield(felt)
 

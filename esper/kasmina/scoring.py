@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from esper.kasmina.layer import observed, primary
 from esper.kasmina.sites import Site
 from esper.kasmina.trace import preserved
 
-__all__ = ["estimate_flops", "score_sites"]
+__all__ = ["SiteRows", "capture_rows", "estimate_flops", "score_sites"]
 
 _POOLED = 4
 """Side of the grid to which an image is pooled before it is compared with a vector, as ``shortcut`` does."""
@@ -41,30 +41,26 @@ class _Capture:
         self.x, self.y = x, primary(y)
 
 
-def score_sites(
-    body: Body,
-    loss: Callable[[], Tensor],
-    sites: Sequence[Site],
-    *,
-    size: int,
-    generator: torch.Generator,
-    max_samples: int = 1024,
-    num_permutations: int = 16,
-) -> dict[str, SiteScore]:
-    """Score ``sites`` on the batch that ``loss`` runs.
+class SiteRows(NamedTuple):
+    """Aligned rows of one site, as :mod:`esper.kasmina.expressivity` names them."""
+
+    A: Tensor
+    B: Tensor
+    G: Tensor
+    plan: RowPlan
+
+
+def capture_rows(
+    body: Body, loss: Callable[[], Tensor], sites: Sequence[Site], *, max_samples: int = 1024
+) -> dict[str, SiteRows]:
+    """Take source, target input and output gradient of bypass sites in one forward and backward.
 
     Args:
         body: The attached host.
         loss: Runs the host on a batch and returns its mean loss; called once, in eval mode with gradients,
             so that neither dropout nor running statistics move.
-        sites: Bypass sites; others, and those no gradient reaches, are left out of the answer.
-        size: Units that would be added.
-        generator: Source of the permutations.
+        sites: Sites that are no bypass, or that no gradient reaches, are left out of the answer.
         max_samples: Cap on rows a site.
-        num_permutations: Size of the null.
-
-    Returns:
-        Site name -> score with its noise floor.
     """
     wanted = [site for site in sites if site.kind == "bypass"]
     captures = {name: _Capture() for site in wanted for name in (site.source, site.target)}
@@ -80,17 +76,53 @@ def score_sites(
         }
         grads = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
     gradients = dict(zip(reached, grads, strict=True))
-    scores = {}
+    found = {}
     for site in wanted:
         grad = gradients.get(site.target)
         rows = None if grad is None else _rows(body, site, captures, grad, max_samples)
         if rows is not None:
-            A, B, G, plan = rows
-            scores[site.name] = score_site(
-                A, B, G, size, num_permutations=num_permutations, generator=generator,
-                rows_per_example=plan.rows_per_example, max_samples=max_samples,
-            )  # fmt: skip
-    return scores
+            found[site.name] = rows
+    return found
+
+
+def score_sites(
+    body: Body,
+    loss: Callable[[], Tensor],
+    sites: Sequence[Site],
+    *,
+    size: int,
+    generator: torch.Generator,
+    max_samples: int = 1024,
+    num_permutations: int = 16,
+) -> dict[str, SiteScore]:
+    """Score ``sites`` on the batch that ``loss`` runs.
+
+    Args:
+        body: The attached host.
+        loss: As for :func:`capture_rows`.
+        sites: Bypass sites; others, and those no gradient reaches, are left out of the answer.
+        size: Units that would be added.
+        generator: Source of the permutations.
+        max_samples: Cap on rows a site.
+        num_permutations: Size of the null.
+
+    Returns:
+        Site name -> score with its noise floor.
+    """
+    rows = capture_rows(body, loss, sites, max_samples=max_samples)
+    return {
+        name: score_site(
+            found.A,
+            found.B,
+            found.G,
+            size,
+            num_permutations=num_permutations,
+            generator=generator,
+            rows_per_example=found.plan.rows_per_example,
+            max_samples=max_samples,
+        )
+        for name, found in rows.items()
+    }
 
 
 def estimate_flops(
@@ -114,7 +146,7 @@ def _width(shape: tuple[int, ...]) -> int:
 
 def _rows(
     body: Body, site: Site, captures: dict[str, _Capture], grad: Tensor, max_samples: int
-) -> tuple[Tensor, Tensor, Tensor, RowPlan] | None:
+) -> SiteRows | None:
     """Aligned rows A, B, G of one site; None where source and target positions have no common grid."""
     source, target = body.model.get_submodule(site.source), body.model.get_submodule(site.target)
     x, own = captures[site.source].x, captures[site.target].x
@@ -128,11 +160,12 @@ def _rows(
         if not isinstance(source, nn.Conv2d):
             return None
         size = (int(own.shape[2]), int(own.shape[3]))
-        return bypass_patches(x, source, target, size, plan), unfold_patches(own, target, plan), G, plan
+        A = bypass_patches(x, source, target, size, plan)
+        return SiteRows(A, unfold_patches(own, target, plan), G, plan)
     B = plan.rows(own)
     if x.dim() == 4 and not grid:  # an image read by a vector layer
         side = min(_POOLED, x.shape[2]), min(_POOLED, x.shape[3])
         x = F.adaptive_avg_pool2d(x, side).flatten(1)
     if tuple(x.shape[1:-1]) != grid:
         return None
-    return plan.rows(x), B, G, plan
+    return SiteRows(plan.rows(x), B, G, plan)

@@ -91,6 +91,8 @@ class TamiyoConfig:
         finish: ``keep`` the grown network, or ``retrain`` its shape from fresh weights once the window
             is over and no seed is on its way.
         seed: Base of all random numbers that growth draws.
+        widen_start: Fan-in of new hidden units: ``random`` (He), or ``closed_form`` (the directions that the
+            loss gradient misses, GROWTH.md §2); their fan-out is zero either way.
         birth_lr_multiplier: Factor on the updates of parameters that are not fossilised yet.
         journal: Where ``growth.jsonl`` goes; None for the trainer's log folder.
         budget: Limits.
@@ -106,6 +108,7 @@ class TamiyoConfig:
     horizon_steps: int | None = None
     finish: Literal["keep", "retrain"] = "keep"
     seed: int = 0
+    widen_start: Literal["random", "closed_form"] = "random"
     birth_lr_multiplier: float = 1.0
     journal: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -124,6 +127,10 @@ class TamiyoConfig:
             ),
             (self.horizon_steps is None or self.horizon_steps >= 1, "horizon_steps should be at least 1"),
             (self.finish in ("keep", "retrain"), "finish should be 'keep' or 'retrain'"),
+            (
+                self.widen_start in ("random", "closed_form"),
+                "widen_start should be 'random' or 'closed_form'",
+            ),
             (self.birth_lr_multiplier > 0, "birth_lr_multiplier should be positive"),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from esper.errors import EsperError, GrowthError
+from esper.kasmina.blueprints.dense import init_widen_closed_form
+from esper.kasmina.blueprints.units import HiddenUnits
 from esper.kasmina.body import Body
+from esper.kasmina.closed_form import closed_form_start
 from esper.kasmina.expressivity import SiteScore
 from esper.kasmina.renewal import recycle_layer
-from esper.kasmina.scoring import estimate_flops, score_sites
+from esper.kasmina.scoring import capture_rows, estimate_flops, score_sites
 from esper.kasmina.seed import Seed
 from esper.kasmina.sites import Site
 from esper.messages import CacheHitRates, Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.evaluation import mean_loss
 from esper.tamiyo.gatekeeper import Gatekeeper
-from esper.tamiyo.host_run import HostRun
+from esper.tamiyo.host_run import HostRun, LossOnBatch
 from esper.tamiyo.ledger import Ledger
 from esper.tamiyo.recorder import Recorder
 from esper.tamiyo.state import GrowthState, Policy, SeedView, SiteView
@@ -192,12 +195,11 @@ class Controller:
             return self._score_cache[key]
         self._cache_misses += 1
         sites = [self.body.site(name) for name in names]
-        batches = list(self.run.held_out()) or [self.run.recent()]
-        samples = sum(batch.num_samples for batch in batches)
+        _, loss, samples = self._batches()
         sites, rows, permutations, price = self._affordable(sites, samples, step)
         scores = score_sites(
             self.body,
-            lambda: torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples,
+            loss,
             sites,
             size=size,
             generator=self.generator,
@@ -214,7 +216,9 @@ class Controller:
         )
         return scores
 
-    def _affordable(self, sites: Sequence[Site], samples: int, step: int) -> tuple[list[Site], int, int, float]:
+    def _affordable(
+        self, sites: Sequence[Site], samples: int, step: int
+    ) -> tuple[list[Site], int, int, float]:
         """The best precision that its share of the run's FLOPs allows; then the cheapest sites alone.
 
         Raises:
@@ -224,7 +228,13 @@ class Controller:
         chosen = list(sites)
         price = 0.0
         while chosen:
-            for rows, permutations in ((most, 16), (most // 2, 16), (most // 2, 8), (most // 4, 8), (most // 4, 4)):
+            for rows, permutations in (
+                (most, 16),
+                (most // 2, 16),
+                (most // 2, 8),
+                (most // 4, 8),
+                (most // 4, 4),
+            ):
                 rows = max(2, rows)
                 price = estimate_flops(
                     self.body, chosen, samples, max_samples=rows, num_permutations=permutations
@@ -265,9 +275,12 @@ class Controller:
             return decision.site
         if decision.action == "recycle":
             self.warden.before_adaptation(step, decision.site)
-            batches = list(self.run.held_out()) or [self.run.recent()]
             recycle_layer(
-                self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
+                self.body,
+                decision.site,
+                self._batches()[0],
+                optimizers=self.run.optimizers,
+                generator=self.generator,
             )
             self.ledger.recycled += 1
         return ""
@@ -277,6 +290,8 @@ class Controller:
         size = decision.size or None
         seed = self.body.germinate(decision.site, decision.blueprint, size)
         try:
+            if self.config.widen_start == "closed_form" and seed.blueprint in ("widen", "conv_widen"):
+                self._compute_start(seed)
             self.body.register(*self.run.optimizers)
         except EsperError:
             self.body.cull(seed, self.run.optimizers)
@@ -284,6 +299,39 @@ class Controller:
         self.ledger.note_germination(seed.site.name, step, epoch)
         self.gatekeeper.born(seed)
         return seed
+
+    def _compute_start(self, seed: Seed) -> None:
+        """Point new hidden units at what the loss gradient misses at their site."""
+        branch = seed.branch
+        assert isinstance(branch, HiddenUnits)
+        _, loss, samples = self._batches()
+        rows = capture_rows(self.body, loss, [seed.site], max_samples=self.config.probes.max_samples)
+        found = rows.get(seed.site.name)
+        if found is None:
+            raise GrowthError(
+                f"closed-form start at {seed.site.name}: no gradient reaches the site; use widen_start='random'"
+            )
+        start = closed_form_start(found.A, found.B, found.G, seed.size, generator=self.generator)
+        init_widen_closed_form(branch, start.weight_in, start.bias_in)
+        self.ledger.charge_scoring(
+            estimate_flops(
+                self.body,
+                [seed.site],
+                samples,
+                max_samples=self.config.probes.max_samples,
+                num_permutations=0,
+            )
+        )
+
+    def _batches(self) -> tuple[list[LossOnBatch], Callable[[], Tensor], int]:
+        """The held-out batches (the last training batch where there are none), their mean loss, their size."""
+        batches = list(self.run.held_out()) or [self.run.recent()]
+        samples = sum(batch.num_samples for batch in batches)
+
+        def loss() -> Tensor:
+            return torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples
+
+        return batches, loss, samples
 
     def _publish_performance(self, step: int, epoch: int) -> None:
         loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
