@@ -116,7 +116,8 @@ def op_name(node: Any) -> str:
         return _PLAIN[kind]
     if kind in _RESHAPES:
         return "reshape"
-    describe = _WITH_SETTINGS.get(kind)
+    # Other overloads (a product with a number, a power with a tensor) keep other things on their nodes.
+    describe = _WITH_SETTINGS.get(kind) if name.endswith("Backward0") else None
     return (describe(node) if describe else None) or name
 
 
