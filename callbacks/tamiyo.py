@@ -201,13 +201,7 @@ class TamiyoCallback(L.Callback):
             self._tracer = Tracer(pl_module)
             self._tracer.__enter__()
             return
-        interval = self.config.probes.interval_steps
-        if (
-            interval
-            and self._probes is not None
-            and not self._probes.active
-            and (trainer.global_step + 1) % interval == 0
-        ):
+        if self._probes is not None and not self._probes.active and self._sampled(trainer.global_step + 1):
             self._step_started = time.perf_counter()
             self._probes.begin()
 
@@ -326,6 +320,16 @@ class TamiyoCallback(L.Callback):
             self._body.check_evaluation(self._run.held_out()[0])
         self._recorder.num_parameters = self._body.num_parameters
 
+    def _sampled(self, step: int) -> bool:
+        """Whether optimizer step ``step`` is probed: at the interval, and for the gate of an isolated seed."""
+        assert self._body is not None
+        interval = self.config.probes.interval_steps
+        if interval and step % interval == 0:
+            return True
+        lifecycle = self.config.lifecycle
+        isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(step)
+        return isolating and any(seed.stage == "training" for seed in self._body.seeds)
+
     def _protect(self, trainer: L.Trainer, guard: StepGuard) -> None:
         """Keep the gradients of young seeds from reaching the host through clipping by total norm."""
         assert self._body is not None
@@ -334,9 +338,7 @@ class TamiyoCallback(L.Callback):
         felt = [p for seed in young if seed.stage != "training" for p in seed.parameters()]
         if isolated:
             by_value = trainer.gradient_clip_algorithm == "value"
-            guard.stash(
-                isolated, clip=trainer.gradient_clip_val, algorithm="value" if by_value else "norm"
-            )
+            guard.stash(isolated, clip=trainer.gradient_clip_val, algorithm="value" if by_value else "norm")
         if felt:
             guard.shield(felt)
 
