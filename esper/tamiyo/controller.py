@@ -85,7 +85,8 @@ class Controller:
         """Take note of one batch of training (several may make one optimizer step)."""
         self.ledger.charge_step(self.body.flops, num_samples)
         if loss is not None:
-            self._loss_sum = self._loss_sum + loss.detach().float()  # stays on the device
+            loss = loss.detach()
+            self._loss_sum = self._loss_sum + loss.float()  # stays on the device
             self._loss_count += 1
             self.warden.note_loss(loss)
 
@@ -109,7 +110,6 @@ class Controller:
             epoch: Current epoch.
         """
         self.recorder.step, self.recorder.epoch = step, epoch
-        self.recorder.num_parameters = self.body.num_parameters
         before = self._structure()
         self.gatekeeper.tick(step)
         self.warden.inspect(step)
@@ -121,9 +121,11 @@ class Controller:
             self._next_decision = step + max(
                 1, round(self.config.probes.decision_interval * self._total_steps)
             )
+            self.recorder.num_parameters = self.body.num_parameters
             if self.config.policy != "off":
                 self._decide(step, epoch)
             self._publish_performance(step, epoch)
+            self._loss_sum, self._loss_count = 0.0, 0
         if self._retrain_due(step):
             self._retrain(step)
         if self._structure() != before:
@@ -145,7 +147,6 @@ class Controller:
             self.recorder.error("", "policy", str(error))
         for decision in decisions:
             self._carry_out(decision, step, epoch)
-        self._loss_sum, self._loss_count = 0.0, 0
 
     def _state(self, step: int, epoch: int) -> GrowthState:
         begin, end = self.config.window
@@ -365,6 +366,7 @@ class Controller:
                         reset()
         for optimizer in self.run.optimizers:
             optimizer.state.clear()
+        self.warden.start_afresh()
         self.retrained = True
         self._host_start = None
         reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"

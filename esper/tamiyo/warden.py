@@ -98,6 +98,12 @@ class Warden:
         if reason:
             raise GrowthError(f"the governor allows no adaptation now: {reason}")
 
+    def start_afresh(self) -> None:
+        """Forget losses and snapshot, because the network is about to begin again from fresh weights."""
+        previous = self.governor
+        self.governor = Governor(previous.config)
+        self.governor.num_rollbacks, self.governor.halted = previous.num_rollbacks, previous.halted
+
     def _act(self, response: Response, step: int) -> None:
         if response.kind == "none":
             return
