@@ -88,7 +88,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {str(path)!r}; check the path")
+        raise CheckpointError(f"expected a checkpoint at {path}, but there is no such file")
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -130,7 +130,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # torch.load raises whatever the damage makes it stumble on
         first = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {first[0] if first else 'no message'}); it is "
+            f"expected a checkpoint at {path}, but it does not load ({type(error).__name__}: {first[0] if first else 'no message'}); it is "
             "damaged, or holds objects other than tensors and plain values"
         ) from error
 
