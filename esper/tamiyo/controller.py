@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from esper.errors import EsperError, GrowthError
+from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.blueprints.dense import init_widen_closed_form
 from esper.kasmina.blueprints.units import HiddenUnits
 from esper.kasmina.body import Body
 from esper.kasmina.closed_form import closed_form_start
 from esper.kasmina.expressivity import SiteScore
+from esper.kasmina.layer import SEEDS
 from esper.kasmina.renewal import recycle_layer
 from esper.kasmina.scoring import capture_rows, estimate_flops, score_sites
 from esper.kasmina.seed import Seed
 from esper.kasmina.sites import Site
+from esper.kasmina.structure import build_context
 from esper.messages import CacheHitRates, Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.evaluation import mean_loss
@@ -29,6 +32,7 @@ from esper.tamiyo.gatekeeper import Gatekeeper
 from esper.tamiyo.host_run import HostRun, LossOnBatch
 from esper.tamiyo.ledger import Ledger
 from esper.tamiyo.recorder import Recorder
+from esper.tamiyo.snapshot import renew_optimizer_state
 from esper.tamiyo.state import GrowthState, Policy, SeedView, SiteView
 from esper.tamiyo.vetting import refusal
 from esper.tamiyo.warden import Warden
@@ -71,7 +75,11 @@ class Controller:
         self._next_decision = 0
         self._total_steps = run.total_steps
         self._host_start = (
-            {name: value.detach().clone() for name, value in body.model.state_dict().items()}
+            {
+                name: value.detach().clone()
+                for name, value in body.model.state_dict().items()
+                if isinstance(value, Tensor)
+            }
             if config.finish == "retrain"
             else None
         )
@@ -261,30 +269,38 @@ class Controller:
         seed_id = ""
         if not reason:
             try:
-                seed_id = self._apply(decision, step, epoch)
+                decision, seed_id = self._apply(decision, step, epoch)
             except EsperError as error:
                 reason = str(error)
         self.recorder.num_parameters = self.body.num_parameters
         applied = not reason and decision.action != "wait"
         self.recorder.decision(decision, applied=applied, refused=reason, seed_id=seed_id)
 
-    def _apply(self, decision: Decision, step: int, epoch: int) -> str:
+    def _apply(self, decision: Decision, step: int, epoch: int) -> tuple[Decision, str]:
+        """Carry ``decision`` out; returns it with what was measured, and the id of the seed it is about."""
         if decision.action == "germinate":
-            return self._germinate(decision, step, epoch).seed_id
+            return decision, self._germinate(decision, step, epoch).seed_id
         if decision.action == "cull":
             self.gatekeeper.cull(decision.site, decision.reason, step)
-            return decision.site
+            return decision, decision.site
         if decision.action == "recycle":
-            self.warden.before_adaptation(step, decision.site)
-            recycle_layer(
-                self.body,
-                decision.site,
-                self._batches()[0],
-                optimizers=self.run.optimizers,
-                generator=self.generator,
+            decision = self._recycle(decision, step)
+        return decision, ""
+
+    def _recycle(self, decision: Decision, step: int) -> Decision:
+        self.warden.before_adaptation(step, decision.site)
+        batches = self._batches()[0]
+        report = recycle_layer(
+            self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
+        )
+        self.ledger.charge_scoring(float(self.body.flops * sum(batch.num_samples for batch in batches)))
+        if not report.units:
+            raise GrowthError(
+                f"no unit of layer {decision.site!r} is dormant, so there is nothing to recycle"
             )
-            self.ledger.recycled += 1
-        return ""
+        self.ledger.recycled += 1
+        found = {"units_recycled": float(len(report.units)), "max_output_change": report.max_change}
+        return msgspec.structs.replace(decision, numbers={**decision.numbers, **found})
 
     def _germinate(self, decision: Decision, step: int, epoch: int) -> Seed:
         self.warden.before_adaptation(step, decision.site)
@@ -294,11 +310,12 @@ class Controller:
             if self.config.widen_start == "closed_form" and seed.blueprint in ("widen", "conv_widen"):
                 self._compute_start(seed)
             self.body.register(*self.run.optimizers)
+            self.ledger.note_germination(seed.site.name, step, epoch)
+            self.gatekeeper.born(seed)
         except EsperError:
-            self.body.cull(seed, self.run.optimizers)
+            if any(planted is seed for planted in self.body.seeds):
+                self.body.cull(seed, self.run.optimizers)
             raise
-        self.ledger.note_germination(seed.site.name, step, epoch)
-        self.gatekeeper.born(seed)
         return seed
 
     def _compute_start(self, seed: Seed) -> None:
@@ -355,22 +372,40 @@ class Controller:
         with torch.no_grad():
             live = self.body.model.state_dict()
             for name, value in self._host_start.items():
-                if name in live and isinstance(value, Tensor):
+                if name in live and SEEDS not in name.split("."):
                     live[name].copy_(value)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed)
             for seed in self.body.seeds:
-                for module in seed.branch.modules():
+                context = build_context(self.body.model, seed.site, seed.record.output_projections)
+                fresh = make_branch(
+                    get_blueprint(seed.blueprint), context, seed.size, device=torch.device("cpu")
+                )
+                for module in fresh.modules():
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
-        for optimizer in self.run.optimizers:
-            optimizer.state.clear()
+                seed.branch.load_state_dict(fresh.state_dict())
+        renew_optimizer_state(self.body.model, self.run.optimizers, None)
         self.warden.start_afresh()
         self.retrained = True
         self._host_start = None
         reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"
         self.recorder.decision(Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True)
+
+    def follow(self, previous: Controller, *, same_run: bool) -> None:
+        """Take over from the controller of an earlier ``fit`` of the same model.
+
+        Args:
+            previous: Of the earlier fit.
+            same_run: Steps go on being counted from where they were. Otherwise a run of its own begins:
+                with budgets, schedule and policy anew, but no seed id is used twice.
+        """
+        if same_run:
+            self.load_state_dict(previous.state_dict())
+        else:
+            self.body.load_state_dict(previous.body.state_dict())
+            self.pending = list(previous.pending)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on besides model and optimizers; plain types and tensors."""
