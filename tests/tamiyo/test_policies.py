@@ -571,6 +571,14 @@ def test_cond_follows_its_two_lines(widths: tuple[int, ...], site: str) -> None:
     assert only(make_policy("cond", ratio=0.37).decide(make_state(mlp(BAD)))).site == "bypass:fc1->fc2"
 
 
+def test_a_neck_is_at_least_doubled_where_the_budget_is_short() -> None:
+    state = make_state(mlp(BAD), parameters_left=200)  # 33 parameters a unit of fc1
+    decision = only(make_policy("narrowest", num_events=4).decide(state))
+    assert (decision.site, decision.size) == ("bypass:fc1->fc2", 4)  # not the one unit that a quarter pays
+    short = make_state(mlp(BAD), parameters_left=100)
+    assert only(make_policy("narrowest").decide(short)).action == "wait"
+
+
 def test_cond_waits_for_the_narrowest_rather_than_widen_another() -> None:
     state = make_state(mlp((64, 16, 3, 16, 16, 10)), unavailable={"bypass:fc1->fc2": "occupied"})
     assert "bypass:fc1->fc2 is occupied" in only(make_policy("cond").decide(state)).reason

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from esper.messages import Decision
 from esper.tamiyo.policies.events import EventConfig, EventSchedule
-from esper.tamiyo.policies.shape import WIDENING
+from esper.tamiyo.policies.shape import WIDENING, units
 from esper.tamiyo.policies.sizes import Place, Room, largest_size
 
 if TYPE_CHECKING:
@@ -98,10 +98,19 @@ class EventPolicy(Generic[ConfigT]):
             whole: May spend everything that is left, not this event's share alone.
         """
         left = Room.left(state)
-        least = self.config.min_size if any(blueprint in WIDENING for _, blueprint in places) else 1
         room = left if whole else self.share(state)
-        found = largest_size(state, places, room, least=least, reserve=left)
+        found = largest_size(state, places, room, least=self.least(state, places), reserve=left)
         return 0 if found is None else found.size
+
+    def least(self, state: GrowthState, places: Sequence[Place]) -> int:
+        """Smallest size worth having: ``min_size`` units, or as many as a narrower layer has."""
+        sources = {view.site.name: view.site.source for view in state.sites}
+        sizes = [1]
+        for site, blueprint in places:
+            if blueprint in WIDENING:
+                layer = state.topology.layer(sources[site])
+                sizes.append(min(self.config.min_size, units(layer.output_shape, layer.image)))
+        return max(sizes)
 
     def too_small(self, state: GrowthState, what: str) -> Pause:
         """The answer when nothing fits the budget."""

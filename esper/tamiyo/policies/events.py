@@ -29,7 +29,7 @@ class EventConfig:
         num_events: Growth events; 0 for none at all. Each may spend an equal part of what is left.
         start: Share of the run at which the first event falls.
         end: Share of the run over which events are spread; the last falls one spacing before it.
-        min_size: Hidden units that a widening adds at least.
+        min_size: Hidden units that a widening adds at least; a layer with fewer is at least doubled.
     """
 
     num_events: int = 2

@@ -34,7 +34,7 @@ from esper.messages import Decision
 from esper.tamiyo.policies.base import Choice, EventPolicy, Pause
 from esper.tamiyo.policies.dormant import Recycler
 from esper.tamiyo.policies.events import EventConfig, check_options
-from esper.tamiyo.policies.shape import HiddenLayer, hidden_layers, layers_in_series, long_bypasses
+from esper.tamiyo.policies.shape import HiddenLayer, hidden_layers, layers_in_series, long_bypasses, units
 
 if TYPE_CHECKING:
     from esper.kasmina.expressivity import SiteScore
@@ -96,7 +96,7 @@ class _Candidate:
     def share(self) -> float:
         """Excess over the directions that the seed could explain at all."""
         image = len(self.site.source_shape) == 3
-        directions = max(1, min(_width(self.site.source_shape, image), self.site.target_units))
+        directions = max(1, min(units(self.site.source_shape, image), self.site.target_units))
         return self.excess / directions
 
     @property
@@ -272,7 +272,3 @@ def _score_numbers(scored: Sequence[_Candidate]) -> dict[str, float]:
             f"share:{name}": candidate.share,
         }
     return numbers
-
-
-def _width(shape: Sequence[int], image: bool) -> int:
-    return shape[0] if image else shape[-1]

@@ -29,7 +29,9 @@ class NarrowestPolicy(EventPolicy[EventConfig]):
             site = layer.view.site.name
             size = self.fit(state, [(site, layer.blueprint)])
             if size:
-                reason = f"{layer.name} is the narrowest hidden layer that is free, with {layer.width} units"
+                reason = (
+                    f"{layer.name} has {layer.width} units, the fewest of those free and within the budget"
+                )
                 numbers = {f"width:{other.name}": float(other.width) for other in layers}
                 return [Choice(site, layer.blueprint, size, reason, numbers=numbers)]
         return self.too_small(state, "widening any layer")

@@ -169,9 +169,8 @@ class SchedulePolicy(EventPolicy[ScheduleConfig]):
     def _size(self, state: GrowthState, entry: ScheduleEntry, room: Room, *, parts: int) -> int:
         if entry.size:
             return entry.size if room.holds(state.cost(entry.site, entry.blueprint, entry.size)) else 0
-        least = self.config.min_size if entry.blueprint in WIDENING else 1
-        place = (entry.site, entry.blueprint)
-        found = largest_size(state, [place], room.part(parts), least=least, reserve=room)
+        places = [(entry.site, entry.blueprint)]
+        found = largest_size(state, places, room.part(parts), least=self.least(state, places), reserve=room)
         return 0 if found is None else found.size
 
     def _check_names(self, views: dict[str, SiteView]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "hidden_layers",
     "layers_in_series",
     "long_bypasses",
+    "units",
 ]
 
 WIDENING = ("widen", "conv_widen")
@@ -69,6 +70,11 @@ class LongBypass:
     used: bool
 
 
+def units(shape: Sequence[int], image: bool) -> int:
+    """Channels of a feature map's shape, else its last dimension; shapes leave out the batch."""
+    return shape[0] if image else shape[-1]
+
+
 def hidden_layers(state: GrowthState) -> list[HiddenLayer]:
     """Every hidden layer over which a widening bypass runs, available or not, in the order of the sites."""
     topology = state.topology
@@ -80,12 +86,12 @@ def hidden_layers(state: GrowthState) -> list[HiddenLayer]:
         if site.kind != "bypass" or blueprint is None or not _adjacent(site, topology):
             continue
         layer = topology.layer(site.source)
-        weights = max(1, layer.num_parameters // max(1, _units(layer.output_shape, layer.image)))
-        inputs = max(1, _units(layer.input_shape, layer.image))
+        weights = max(1, layer.num_parameters // max(1, units(layer.output_shape, layer.image)))
+        inputs = max(1, units(layer.input_shape, layer.image))
         grown = sum(_grown_units(state, producer) for producer in _bypassed_into(state, site.source))
         before = [widths[name] for name in _reach(topology, site.source, forward=False)]
         before += [
-            _units(topology.layer(name).input_shape, topology.layer(name).image)
+            units(topology.layer(name).input_shape, topology.layer(name).image)
             for name in (site.source, *_reach(topology, site.source, forward=False))
             if topology.layer(name).reads_input
         ]
@@ -132,10 +138,6 @@ def layers_in_series(topology: ModelTopology) -> int:
     )
 
 
-def _units(shape: Sequence[int], image: bool) -> int:
-    return shape[0] if image else shape[-1]
-
-
 def _grown_units(state: GrowthState, view: SiteView) -> int:
     return sum(
         seed.size for seed in state.seeds if seed.site == view.site.name and seed.blueprint in WIDENING
@@ -152,7 +154,7 @@ def _grown_width(state: GrowthState, layer: LayerInfo) -> int:
         and _adjacent(view.site, state.topology)
     ]
     grown = max((_grown_units(state, view) for view in over), default=0)
-    return _units(layer.output_shape, layer.image) + grown
+    return units(layer.output_shape, layer.image) + grown
 
 
 def _bypassed_into(state: GrowthState, target: str) -> list[SiteView]:
