@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from esper.errors import EsperError, UnsupportedError
@@ -39,6 +40,12 @@ def check_trainer(trainer: L.Trainer, callback_type: type[L.Callback]) -> None:
             )
     if sum(isinstance(callback, callback_type) for callback in callbacks) > 1:
         conflicts.append(f"more than one {callback_type.__name__}: keep one")
+    module = trainer.lightning_module
+    if not module.automatic_optimization and not is_overridden("validation_step", module):
+        conflicts.append(
+            "manual optimization without a validation_step: a training step would train while it is measured; "
+            "return the loss from validation_step"
+        )
     if conflicts:
         raise UnsupportedError("growth cannot work with " + "; and with ".join(conflicts))
     if trainer.ckpt_path and any(isinstance(c, (BatchSizeFinder, LearningRateFinder)) for c in callbacks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,14 +19,16 @@ from torchmetrics import Metric
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import unwrap
 
-__all__ = ["BatchLoss", "LightningRun", "batch_size"]
+__all__ = ["BatchLoss", "LightningRun", "batch_size", "random_state", "set_random_state"]
+
+_TORCH_OWN = frozenset(torch.nn.Module().__dict__)
 
 
 class BatchLoss:
     """The module's loss on one fixed batch; calling it leaves logs and metrics as they were."""
 
-    def __init__(self, run: LightningRun, batch: Any, index: int) -> None:
-        self._run, self._batch, self._index = run, batch, index
+    def __init__(self, run: LightningRun, batch: Any, index: int, *, moved: bool = False) -> None:
+        self._run, self._batch, self._index, self._moved = run, batch, index, moved
 
     @property
     def num_samples(self) -> int:
@@ -37,7 +41,7 @@ class BatchLoss:
         Raises:
             UnsupportedError: The step returned no loss.
         """
-        return self._run.loss(self._batch, self._index)
+        return self._run.loss(self._batch, self._index, moved=self._moved)
 
 
 class LightningRun:
@@ -96,14 +100,19 @@ class LightningRun:
 
     def recent(self) -> BatchLoss:
         """The batch that was trained on last."""
-        return BatchLoss(self, self.last_batch, 0)
+        return BatchLoss(self, self.last_batch, 0, moved=True)
 
     def structure_changed(self) -> None:
         """Nothing to do on one process; the optimizers were told by whoever changed the structure."""
 
-    def loss(self, batch: Any, index: int) -> Tensor:
+    def loss(self, batch: Any, index: int, *, moved: bool = False) -> Tensor:
         """The loss of the module's own step on ``batch``: ``training_step``, or ``validation_step``
         under manual optimization, where a training step would train.
+
+        Args:
+            batch: As its loader gave it.
+            index: Its number there.
+            moved: It has been through the module's transfer hooks and is on the device already.
 
         Raises:
             UnsupportedError: The step returned no loss.
@@ -114,10 +123,11 @@ class LightningRun:
         arguments: dict[str, Any] = {}
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
             arguments["batch_idx"] = index
-        with _silenced(module), self.trainer.precision_plugin.forward_context():
-            moved = self.trainer.strategy.batch_to_device(batch)
-            moved = self.trainer.precision_plugin.convert_input(moved)
-            output = step(moved, **arguments)
+        with _silenced(module), _uncached_autocast(), self.trainer.precision_plugin.forward_context():
+            if not moved:
+                batch = module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
+                batch = self.trainer.strategy.batch_to_device(batch)
+            output = step(batch, **arguments)
         value = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(value, Tensor):
             raise UnsupportedError(
@@ -140,7 +150,7 @@ class LightningRun:
                 yield from itertools.islice(iter(loader), self._num_batches)
 
     def _returns_loss(self) -> bool:
-        return self.module.automatic_optimization or hasattr(self.module, "validation_step")
+        return self.module.automatic_optimization or is_overridden("validation_step", self.module)
 
 
 def batch_size(batch: Any) -> int:
@@ -171,9 +181,34 @@ def _cuda_devices(module: torch.nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
 
 
+def random_state() -> list[Tensor]:
+    """State of torch's generators: the CPU's, then each CUDA device's that is in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Take on what :func:`random_state` returned; devices that are not here any more are passed over."""
+    torch.set_rng_state(state[0].cpu())
+    if torch.cuda.is_available():
+        for device, value in zip(range(torch.cuda.device_count()), state[1:], strict=False):
+            torch.cuda.set_rng_state(value.cpu(), device)
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Keep weights that a pass without gradients has cast from being used by a later pass that needs them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 @contextmanager
 def _silenced(module: L.LightningModule) -> Iterator[None]:
-    """Run a step of ``module`` without its ``log`` calls and without moving its metrics."""
+    """Run a step of ``module`` without its ``log`` calls, and without moving its metrics or what it gathers."""
 
     def ignore(*args: Any, **kwargs: Any) -> None:
         """Stands in for ``log`` and ``log_dict`` while a measurement runs."""
@@ -184,6 +219,9 @@ def _silenced(module: L.LightningModule) -> Iterator[None]:
                 stack.callback(
                     _restore_metric, metric, metric._copy_state_dict(), metric._update_count, metric._computed
                 )
+        for name, value in module.__dict__.items():
+            if name not in _TORCH_OWN and type(value) in (list, dict, set, int, float):
+                stack.callback(_restore_gathered, module, name, value, copy.copy(value))
         for name in ("log", "log_dict"):
             previous = module.__dict__.get(name)
             module.__dict__[name] = ignore
@@ -196,6 +234,16 @@ def _restore_metric(metric: Metric, state: dict[str, Any], count: int, computed:
         setattr(metric, name, value)
     metric._update_count = count
     metric._computed = computed
+
+
+def _restore_gathered(module: torch.nn.Module, name: str, value: Any, before: Any) -> None:
+    """Undo what a step appended or counted; a container stays the same object."""
+    if isinstance(value, list):
+        value[:] = before
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(before)
+    module.__dict__[name] = value
 
 
 def _restore_attribute(module: L.LightningModule, name: str, previous: Any) -> None:

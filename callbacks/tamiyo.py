@@ -13,7 +13,7 @@ import lightning.pytorch as L
 import msgspec
 import torch
 from esper.callbacks.checks import check_optimizers, check_trainer
-from esper.callbacks.lightning_run import LightningRun, batch_size
+from esper.callbacks.lightning_run import LightningRun, batch_size, random_state, set_random_state
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,6 +37,8 @@ from esper.tamiyo.recorder import Recorder
 __all__ = ["TamiyoCallback"]
 
 _STATE_VERSION = 1
+_WATCH_HORIZON = 10_000
+"""Steps by which a watched run of unknown length is paced; nothing is decided then."""
 
 
 class TamiyoCallback(L.Callback):
@@ -90,6 +92,8 @@ class TamiyoCallback(L.Callback):
         self._requests: list[Decision] = []
         self._newborn: dict[str, list[torch.nn.Parameter]] = {}
         self._last_step = 0
+        self._steps_a_batch = 1
+        self._evaluated = False
         self._step_started = 0.0
 
     # ---------------------------------------------------------------- what a user calls
@@ -161,13 +165,14 @@ class TamiyoCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the optimizers, and put their groups in the order of the checkpoint."""
-        if self.config.policy != "off":
+        growing = self.config.policy != "off"
+        if growing:
             check_optimizers(trainer)
         self._run = LightningRun(
             trainer,
             pl_module,
             num_batches=self.config.probes.held_out_batches,
-            horizon_steps=self.config.horizon_steps,
+            horizon_steps=self.config.horizon_steps or (None if growing else _WATCH_HORIZON),
         )
         if self._restored is not None and self._restored["groups"] is not None:
             reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
@@ -175,6 +180,8 @@ class TamiyoCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open journal and bus, and take up a restored run."""
         assert self._run is not None
+        _ = self._run.total_steps  # a run whose length cannot be told is refused here, not after a batch
+        same_run = 0 < self._last_step <= trainer.global_step
         self._last_step = trainer.global_step
         self._open(trainer)
         for optimizer in self._run.optimizers:
@@ -186,9 +193,20 @@ class TamiyoCallback(L.Callback):
                 self._begin(pl_module, topology)
                 assert self._controller is not None
                 self._controller.load_state_dict(restored["controller"])
+                self._steps_a_batch = restored["steps_a_batch"]
                 self._scale_births()
-        elif self._body is not None:  # a further fit() on the same model
+            self._requests = [
+                msgspec.convert(item, Decision) for item in restored["requests"]
+            ] + self._requests
+        elif self._controller is not None and self._body is not None:  # a further fit() on the same model
+            previous = self._controller
             self._begin(pl_module, self._body.topology)
+            assert self._controller is not None
+            self._controller.follow(previous, same_run=same_run)
+        if self._body is not None:
+            self._check_evaluation()
+        if restored is not None and restored["random"] is not None:
+            set_random_state(restored["random"])  # last: nothing above may move it
         self._mark("resume" if restored is not None else "start", trainer)
 
     def on_train_batch_start(
@@ -201,7 +219,7 @@ class TamiyoCallback(L.Callback):
             self._tracer = Tracer(pl_module)
             self._tracer.__enter__()
             return
-        if self._probes is not None and not self._probes.active and self._sampled(trainer.global_step + 1):
+        if self._probes is not None and not self._probes.active and self._sampled(trainer.global_step):
             self._step_started = time.perf_counter()
             self._probes.begin()
 
@@ -219,9 +237,13 @@ class TamiyoCallback(L.Callback):
         if self._probes is not None:
             self._probes.note_gradients()
         controller = self._controller
-        if controller is not None and controller.warden.wants_gradients(trainer.global_step + 1):
-            if getattr(trainer.precision_plugin, "scaler", None) is None:  # a scaler deals with inf by itself
-                controller.warden.note_gradients(pl_module.named_parameters())
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it deals with inf by itself
+        if (
+            controller is not None
+            and not scaled
+            and controller.warden.wants_gradients(trainer.global_step + 1)
+        ):
+            controller.warden.note_gradients(pl_module.named_parameters())
         if self._body is not None:
             self._protect(trainer, self._guards[id(unwrap(optimizer))])
 
@@ -233,10 +255,15 @@ class TamiyoCallback(L.Callback):
         controller = self._controller
         if controller is None:
             return
-        controller.note_batch(_loss(outputs), batch_size(batch))
+        loss = _loss(outputs)
+        if loss is not None and pl_module.automatic_optimization:
+            loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
+        controller.note_batch(loss, batch_size(batch))
         if trainer.global_step == self._last_step:
             return  # gradients are still being accumulated
+        self._steps_a_batch = trainer.global_step - self._last_step
         self._last_step = trainer.global_step
+        self._check_evaluation()
         self._finish_probe(trainer)
         for decision in self._requests:
             controller.request(decision)
@@ -275,11 +302,17 @@ class TamiyoCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain types and tensors (``weights_only`` loads it)."""
-        if self._controller is None or self._run is None or self._body is None:
-            return {"version": _STATE_VERSION, "topology": None, "groups": None, "run_id": self.run_id}
-        return {
+        common = {
             "version": _STATE_VERSION,
             "run_id": self.run_id,
+            "requests": [msgspec.to_builtins(decision) for decision in self._requests],
+            "steps_a_batch": self._steps_a_batch,
+            "random": None if self.config.policy == "off" else random_state(),
+        }
+        if self._controller is None or self._run is None or self._body is None:
+            return {**common, "topology": None, "groups": None}
+        return {
+            **common,
             "topology": msgspec.to_builtins(self._body.topology),
             "groups": group_names(self._run.optimizers, self._body.model.named_parameters()),
             "controller": self._controller.state_dict(),
@@ -308,26 +341,35 @@ class TamiyoCallback(L.Callback):
         """Attach to the traced model and start the loop."""
         assert self._run is not None
         assert self._recorder is not None
-        growing = self.config.policy != "off"
         self._body = Body(module, topology, seed=self.config.seed)
         policy = make_policy(self.config.policy, **self.config.policy_options)
-        previous = self._controller
         self._controller = Controller(self.config, self._body, self._run, policy, self._recorder)
-        if previous is not None:
-            self._controller.load_state_dict(previous.state_dict())
         self._probes = ProbeRunner(self._body)
-        if growing and self._run.held_out():
-            self._body.check_evaluation(self._run.held_out()[0])
+        self._evaluated = False
         self._recorder.num_parameters = self._body.num_parameters
 
-    def _sampled(self, step: int) -> bool:
-        """Whether optimizer step ``step`` is probed: at the interval, and for the gate of an isolated seed."""
+    def _check_evaluation(self) -> None:
+        """Give up sites that validation would not see; once, between steps: a pass within one would change
+        buffers that its backward still needs.
+        """
         assert self._body is not None
+        assert self._run is not None
+        if not self._evaluated and self.config.policy != "off" and self._run.held_out():
+            self._body.check_evaluation(self._run.held_out()[0])
+        self._evaluated = True
+
+    def _sampled(self, step: int) -> bool:
+        """Whether the batch after optimizer step ``step`` is probed: at the interval, and for isolated seeds' gates.
+
+        Under manual optimization a batch may take several steps.
+        """
+        assert self._body is not None
+        after = step + self._steps_a_batch
         interval = self.config.probes.interval_steps
-        if interval and step % interval == 0:
+        if interval and after // interval > step // interval:
             return True
         lifecycle = self.config.lifecycle
-        isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(step)
+        isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(after)
         return isolating and any(seed.stage == "training" for seed in self._body.seeds)
 
     def _protect(self, trainer: L.Trainer, guard: StepGuard) -> None:
@@ -397,7 +439,7 @@ class TamiyoCallback(L.Callback):
         for resource in (self._inbox, self._publisher, self._journal):
             if resource is not None:
                 resource.close()
-        self._inbox = self._publisher = self._journal = None
+        self._inbox = self._publisher = self._journal = self._recorder = None
 
     def _drop_tracer(self) -> None:
         if self._tracer is not None:
