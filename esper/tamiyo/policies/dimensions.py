@@ -35,6 +35,8 @@ class DimensionsPolicy(EventPolicy[EventConfig]):
             size = self.fit(state, [(site, layer.blueprint)])
             if size:
                 product = f"{layer.fan_in} x {layer.fan_out}"
-                reason = f"units of {layer.name} have the largest dimensions, {product}, of those free and within the budget"
+                reason = (
+                    f"{layer.name} has the largest dimensions, {product}, of those free and within the budget"
+                )
                 return [Choice(site, layer.blueprint, size, reason, numbers=numbers)]
         return self.too_small(state, "widening any layer")
