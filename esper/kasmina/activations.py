@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from esper.errors import GrowthError
 
-__all__ = ["Power", "activation", "is_elementwise", "is_pool", "op_name"]
+__all__ = ["Power", "activation", "is_activation", "is_elementwise", "is_pool", "op_name"]
 
 
 class Power(nn.Module):
@@ -93,6 +93,11 @@ def activation(op: str) -> nn.Module:
 def is_elementwise(op: str) -> bool:
     """Whether ``op`` maps every entry on its own by a known function, so that units stay units."""
     return op.split(":")[0] in _ELEMENTWISE
+
+
+def is_activation(op: str) -> bool:
+    """Whether ``op`` is a known element-wise non-linearity."""
+    return is_elementwise(op) and op.split(":")[0] not in _IDENTITIES
 
 
 def is_pool(op: str) -> bool:

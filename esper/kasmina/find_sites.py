@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msgspec import structs
 from torch import nn
 
+from esper.kasmina.activations import is_activation
 from esper.kasmina.blueprints import fitting
 from esper.kasmina.sites import BuildContext, Site, site_name
 from esper.kasmina.topology import LayerInfo, ModelTopology
@@ -15,8 +18,6 @@ _DENSE = (nn.Linear, nn.Conv2d)
 _NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 )  # fmt: skip
-_NOT_ADJACENT = ("long",)
-"""Stands in ``Site.ops`` of a bypass over more than one layer: no single non-linearity lies between."""
 
 
 def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
@@ -135,9 +136,17 @@ def _long_bypasses(model: nn.Module, topology: ModelTopology, usable: dict[str, 
     outputs = [
         layer for layer in leaves if layer.is_output and isinstance(model.get_submodule(layer.name), _DENSE)
     ]
+    # Several non-linearities lie on the way: hidden units along it get the one that the host uses most.
+    ops = (_usual_activation(topology),)
     return [
-        _site("bypass", source, target, ops=_NOT_ADJACENT, long=True)
+        _site("bypass", source, target, ops=ops, long=True)
         for target in outputs
         for source in (*inputs, *early)
         if source.name != target.name
     ]
+
+
+def _usual_activation(topology: ModelTopology) -> str:
+    """The non-linearity between most pairs of layers; ``relu`` where none is understood."""
+    counts = Counter(op for edge in topology.edges for op in edge.ops if is_activation(op))
+    return counts.most_common(1)[0][0] if counts else "relu"
