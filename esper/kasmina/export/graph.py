@@ -234,6 +234,7 @@ def _trace(
     graph.lint()
     for node in graph.nodes:
         node.meta = {}  # holds the classes of the modules that were traced through
+        node.type = None  # the host's annotations, as strings where it postpones them: they cannot be pickled
     module.recompile()
     module.delete_all_unused_submodules()
     # Pickled along by reference, and needed by nothing: the result has to live without esper.
