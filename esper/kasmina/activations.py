@@ -122,7 +122,9 @@ def op_name(node: Any) -> str:
     if kind in _RESHAPES:
         return "reshape"
     # Other overloads (a product with a number, a power with a tensor) keep other things on their nodes.
-    describe = _WITH_SETTINGS.get(kind) if name.endswith("Backward0") else None
+    # (Of clamp it is the second one that takes numbers.)
+    readable = name.endswith("Backward0") or name == "ClampBackward1"
+    describe = _WITH_SETTINGS.get(kind) if readable else None
     return (describe(node) if describe else None) or name
 
 
