@@ -1,0 +1,1 @@
+"""The configuration of ``esper train``, reached by Hydra as ``pkg://esper.conf``."""

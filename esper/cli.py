@@ -1,0 +1,143 @@
+"""The ``esper`` command. Everything heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper.errors import EsperError
+
+__all__ = ["main", "print_error"]
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        arguments: Of the command line, without the program's name.
+
+    Returns:
+        Exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C, else what the subcommand says.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["train"]:
+            # Hydra reads this command line by its own rules, --help included.
+            from esper.train import main as train
+
+            return train(arguments[1:])
+        return _dispatch(_parser().parse_args(arguments))
+    except EsperError as error:
+        if os.environ.get("ESPER_DEBUG"):
+            raise
+        print_error(error)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def print_error(error: EsperError) -> None:
+    """Say what went wrong, without the traceback."""
+    print(f"esper: {error}", file=sys.stderr)
+    print("(set ESPER_DEBUG=1 for the traceback)", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="esper", description="Networks that grow while they train.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "train",
+        help="train with growth and its controls; takes Hydra overrides, -m sweeps, `esper train --help` lists",
+    )
+    compare = commands.add_parser("compare", help="put several runs into one table, paired by seed")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a sweep's folder")
+    report = commands.add_parser("report", help="draw a run's figure and table again")
+    report.add_argument("run", metavar="RUN", help="run folder")
+    report.add_argument("--out", metavar="FILE", help="where to put the figure (png, svg, pdf)")
+    watch = commands.add_parser("watch", help="follow a running training from another terminal")
+    watch.add_argument("target", nargs="?", help="run id or its beginning, or an ipc:// or tcp:// address")
+    watch.add_argument("--once", action="store_true", help="print one complete picture and exit")
+    export = commands.add_parser("export", help="turn a checkpoint's grown network into plain PyTorch")
+    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="a Lightning checkpoint")
+    export.add_argument("out", type=Path, metavar="OUT", help="file to write: .pt, .onnx or .safetensors")
+    export.add_argument("--model", metavar="MODULE:CLASS", help="class of your own LightningModule")
+    export.add_argument(
+        "--input-shape", type=_shape, metavar="N,N,...", help="shape of one float sample, without the batch"
+    )
+    bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
+    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("--json", action="store_true", help="print one flat object, figure name -> number")
+    bench.add_argument("--seeds", type=int, metavar="N", help="repeats, where the benchmark has them")
+    bench.add_argument("--quick", action="store_true", help="a short form, where the benchmark has one")
+    bench.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any option of the benchmark"
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"esper {version('esper')}")
+        return 0
+    if options.command is None:
+        _parser().print_help()
+        return 0
+    if options.command == "compare":
+        from esper.report import compare
+
+        _print(compare(options.runs))
+    elif options.command == "report":
+        from esper.report import report
+
+        made = report(options.run, options.out)
+        if made.table is not None:
+            _print(made.table)
+        print(made.figure)
+    elif options.command == "watch":
+        from esper.watch import watch
+
+        return watch(options.target, once=options.once)
+    elif options.command == "export":
+        from esper.export_command import export_checkpoint
+
+        print(
+            export_checkpoint(
+                options.checkpoint, options.out, model=options.model, input_shape=options.input_shape
+            )
+        )
+    else:
+        from esper.benchmarks import bench
+
+        return bench(
+            options.name, as_json=options.json, seeds=options.seeds, quick=options.quick, settings=options.set
+        )
+    return 0
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

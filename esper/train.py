@@ -1,0 +1,315 @@
+"""``esper train``: one run folder from one composed config, with growth and with its controls."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from esper.arms import CHECKPOINT, Arm, ArmResult, control_growth, run_arm, saved_host
+from esper.errors import CheckpointError, ConfigError, EsperError, ExportError
+from esper.hosts import HostConfig, HostData, fit_host, host_to_dict
+from esper.interrupt import StopRequest
+from esper.kasmina.export import save
+from esper.report.comparison import compare
+from esper.report.folder import SUMMARY, report
+from esper.report.live import LiveDisplay
+from esper.report.summary import (
+    ArmSummary,
+    RunSummary,
+    collect_versions,
+    hash_config,
+    read_summary,
+    write_summary,
+)
+from esper.settings import TrainSettings, parse_settings
+
+__all__ = ["EXPORTED", "main", "resume_overrides", "train"]
+
+_log = logging.getLogger(__name__)
+
+EXPORTED = "grown.pt"
+_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+# These say where and beside what a run was made, not what was trained.
+_NOT_HASHED = ("seed", "resume", "controls", "logger", "hydra")
+
+
+@dataclass(frozen=True)
+class _Run:
+    settings: TrainSettings
+    config: Mapping[str, Any]
+    folder: Path
+    data: HostData
+    display: LiveDisplay
+    stop: StopRequest
+    resuming: bool
+    finished: Mapping[str, ArmSummary]
+
+
+def train(
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    console: Console | None = None,
+    stop: StopRequest | None = None,
+) -> RunSummary | None:
+    """Train the growing arm and its controls, and leave everything in ``folder``.
+
+    Args:
+        config: The composed config as plain values; ``resume`` names a checkpoint for the first arm, or
+            is the run folder itself to continue every arm from its own.
+        folder: The run folder.
+        console: Where to show the run; standard output by default.
+        stop: Asked after every step whether to stop; Ctrl-C by default.
+
+    Returns:
+        The run's summary, or None when it was stopped before its end.
+
+    Raises:
+        EsperError: Wrong settings, missing data, or a run that cannot be continued.
+    """
+    settings = parse_settings(config)
+    console = Console(highlight=False) if console is None else console
+    stop = StopRequest() if stop is None else stop
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.trainer.num_threads is not None:
+        torch.set_num_threads(settings.trainer.num_threads)
+    data = settings.data.build(settings.seed)
+    host = fit_host(settings.host, data.input_shape, data.num_classes)
+    if settings.controls == "all":
+        host.uniform_like(
+            host.num_parameters
+        )  # a shape without a uniform relative fails here, not at the end
+    digest = hash_config(config, _NOT_HASHED)
+    resume = _resume_checkpoint(config.get("resume"), folder)
+    in_place = resume is not None and resume.resolve() == (folder / CHECKPOINT).resolve()
+    finished = _finished(folder, digest) if in_place else {}
+    console.print(f"{settings.name}, seed {settings.seed} → {_shown(folder)}", style="bold", soft_wrap=True)
+    started = time.time()
+    with stop, LiveDisplay(console) as display, _quiet():
+        run = _Run(settings, config, folder, data, display, stop, in_place, finished)
+        results: list[ArmSummary] = []
+        for arm in _arms(run, host, resume, results):
+            summary = _train_or_keep(run, arm)
+            if summary is None:
+                break
+            results.append(summary)
+            # After every arm, so that whatever ends the run leaves the arms before it.
+            write_summary(
+                folder / SUMMARY,
+                RunSummary(
+                    run_id=folder.name,
+                    experiment=settings.name,
+                    seed=settings.seed,
+                    config_hash=digest,
+                    versions=collect_versions(),
+                    started=started,
+                    arms=results,
+                ),
+            )
+        else:
+            _show(folder, console)
+            return read_summary(folder / SUMMARY)
+    _show(folder, console)
+    console.print(f"stopped; to continue: esper train resume={_shown(folder)}", style="bold", soft_wrap=True)
+    return None
+
+
+def _arms(run: _Run, host: HostConfig, resume: Path | None, results: Sequence[ArmSummary]) -> Iterator[Arm]:
+    """Yield the arms in order; the uniform net is sized after what the first arm has become."""
+    settings = run.settings
+    growing = settings.growth.policy != "off"
+    # Without growth the first arm is the untouched host, which is what a sweep compares the others with.
+    yield Arm("growth" if growing else "host", host, settings.growth, run.folder, resume)
+    controls: list[tuple[str, HostConfig]] = []
+    if settings.controls in ("host", "all") and growing:
+        controls.append(("host", host))
+    if settings.controls == "all":
+        controls.append(("uniform", host.uniform_like(results[0].parameters)))
+    for name, config in controls:
+        folder = run.folder / "controls" / name
+        checkpoint = folder / CHECKPOINT
+        usable = run.resuming and checkpoint.exists() and saved_host(checkpoint) == host_to_dict(config)
+        yield Arm(name, config, control_growth(settings.seed), folder, checkpoint if usable else None)
+
+
+def _train_or_keep(run: _Run, arm: Arm) -> ArmSummary | None:
+    """Train an arm unless the run that is continued has finished it; None when it was stopped."""
+    kept = run.finished.get(arm.name)
+    if kept is not None and (arm.name != "uniform" or kept.initial_parameters == arm.host.num_parameters):
+        return kept
+    if run.stop.requested and arm.folder != run.folder:
+        return None  # the Ctrl-C came too late for the arm before this one
+    result = run_arm(arm, run.settings, run.data, run.display, run.stop, run=run.folder, config=run.config)
+    if result.summary is None:
+        return None
+    run.display.arm_ended(result.summary)
+    if arm.folder == run.folder:
+        _export(run, result)
+    return result.summary
+
+
+def _export(run: _Run, result: ArmResult) -> None:
+    """Write the grown network as plain PyTorch, proved on two validation samples."""
+    # contiguous: a program that torch.export makes from a view of other strides takes no other input
+    example = run.data.splits.val[torch.arange(2)][0].contiguous()
+    try:
+        made = save(result.module.host, run.folder / EXPORTED, example)
+    except ExportError as error:  # hours of training must not end here; the checkpoint holds the network
+        _log.warning("no %s: %s", EXPORTED, error)
+    else:
+        _log.info("%s: %s", EXPORTED, made)
+
+
+def _finished(folder: Path, digest: str) -> dict[str, ArmSummary]:
+    """Return the arms that this very config has finished in ``folder``."""
+    if not (folder / SUMMARY).exists():
+        return {}
+    summary = read_summary(folder / SUMMARY)
+    return {arm.name: arm for arm in summary.arms} if summary.config_hash == digest else {}
+
+
+def _show(folder: Path, console: Console) -> None:
+    """Draw the figure and print the table and where the files are."""
+    made = report(folder)
+    if made.table is not None:
+        console.print()
+        console.print(made.table)
+    names = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    console.print(f"run folder: {_shown(folder)} ({names})", soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    with contextlib.suppress(ValueError):
+        return str(path.resolve().relative_to(Path.cwd()))
+    return str(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice out of the display; what a user has to act on still comes through."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # The data are in memory: workers would only cost.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # A short epoch logs its last step anyway.
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            # Lightning 2.6 asks torch >= 2.13 in a way that is being retired; nothing a user could change.
+            warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def _resume_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """Return the checkpoint to begin from.
+
+    Raises:
+        CheckpointError: There is none at ``resume``.
+    """
+    if resume is None:
+        return None
+    path = Path(resume)
+    if path.is_dir():
+        path = path / CHECKPOINT
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected a run folder with {CHECKPOINT} in it, or a checkpoint, at resume={resume}; found none "
+            f"({path} does not exist); give the folder that `esper train` named"
+        )
+    return path
+
+
+def resume_overrides(arguments: Sequence[str]) -> list[str]:
+    """Add to the arguments of ``esper train resume=RUN ...`` what the run was started with.
+
+    A run folder, or a checkpoint inside one, brings the overrides it was composed from, and the run goes on
+    in that folder; arguments given now come last, so they win.
+
+    Raises:
+        ConfigError: The overrides that the folder holds cannot be read.
+    """
+    target = next((a.removeprefix("resume=") for a in reversed(arguments) if a.startswith("resume=")), None)
+    if target is None or target in ("null", ""):
+        return list(arguments)
+    path = Path(target)
+    folder = path if path.is_dir() else path.parent.parent
+    recorded = folder / ".hydra" / "overrides.yaml"
+    if not recorded.is_file():
+        return list(arguments)
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(recorded))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"expected Hydra's list of overrides in {recorded}, but: {error}") from error
+    if not isinstance(stored, list):
+        raise ConfigError(f"expected a list of overrides in {recorded}, got {type(stored).__name__}")
+    given = {argument.split("=", 1)[0].lstrip("+~") for argument in arguments}
+    kept = [str(o) for o in stored if str(o).split("=", 1)[0].lstrip("+~") not in given]
+    return [*kept, *arguments, f"hydra.run.dir={folder}"]
+
+
+# ------------------------------------------------------------------ the command
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``esper train`` with Hydra's command line.
+
+    Returns:
+        Exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+    """
+    sweep: list[Path] = []
+
+    def task(config: DictConfig) -> None:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(plain, dict)
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN:
+            sweep[:] = [Path(job.sweep.dir)]
+        try:
+            summary = train({str(k): v for k, v in plain.items()}, Path(job.runtime.output_dir))
+        except EsperError as error:
+            if os.environ.get("ESPER_DEBUG"):
+                raise
+            from esper.cli import print_error
+
+            print_error(error)
+            raise SystemExit(2) from error
+        if summary is None:
+            raise SystemExit(_INTERRUPTED)
+
+    decorated = hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")(task)
+    previous = sys.argv
+    sys.argv = ["esper train", *resume_overrides(arguments)]
+    try:
+        decorated()
+    finally:
+        sys.argv = previous
+    if sweep:
+        console = Console(highlight=False)
+        console.print(compare(sweep))
+        console.print(f"sweep: {_shown(sweep[0])}; again: esper compare {_shown(sweep[0])}", soft_wrap=True)
+    return 0
