@@ -1,0 +1,49 @@
+"""pyproject's explicit package list has to follow the folders, or a wheel silently lacks modules."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def packages_on_disk() -> set[str]:
+    found = {"esper.callbacks", "esper.conf"}
+    for init in (ROOT / "esper").rglob("*.py"):
+        found.add(".".join(init.parent.relative_to(ROOT).parts))
+    return found
+
+
+def test_package_list_equals_the_folders() -> None:
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+@pytest.mark.parametrize("package", sorted(packages_on_disk()))
+def test_every_package_has_an_init(package: str) -> None:
+    folders = PROJECT["tool"]["setuptools"]["package-dir"]
+    folder = ROOT / folders.get(package, package.replace(".", "/"))
+    assert (folder / "__init__.py").is_file()
+
+
+def test_config_files_are_packaged() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["esper.conf"]
+    packaged = {path for pattern in patterns for path in (ROOT / "conf").glob(pattern)}
+    assert packaged == set((ROOT / "conf").rglob("*.yaml"))
+
+
+def test_extras_that_messages_name_exist() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {"wandb", "tensorboard", "mlflow", "onnx"} <= set(extras)
+
+
+def test_no_file_holds_a_machine_path() -> None:
+    for folder in ("esper", "callbacks", "conf", "scripts", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix not in (".pyc", ".so"):
+                text = path.read_text(encoding="utf-8")
+                assert "/work/" not in text, path
+                assert "/home/" not in text, path
