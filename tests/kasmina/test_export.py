@@ -167,6 +167,7 @@ def test_every_blueprint_exports_with_equal_outputs(place: Place) -> None:
     assert (report.folded, report.branches) in ((("s1",), ()), ((), ("s1",)))
 
 
+CONV = ("bypass:layers.0->layers.1", "conv_widen")
 WIDEN = [("bypass:layers.0->layers.1", "widen"), ("bypass:layers.1->layers.2", "widen")]
 
 
@@ -291,9 +292,7 @@ def test_control_flow_stays_where_branches_stand_at_their_layers() -> None:
 def test_what_no_route_can_hold_is_refused_with_all_reasons() -> None:
     model = Branching()
     grown(model, vectors(), [("bypass:fc1->fc3", "shortcut")])
-    with pytest.raises(
-        ExportError, match=r"(?s)cannot be exported.*graph: torch.fx cannot.*program: torch.export cannot"
-    ):
+    with pytest.raises(ExportError, match=r"(?s)cannot be exported.*torch.fx cannot.*torch.export cannot"):
         export(model)
 
 
@@ -376,16 +375,12 @@ def test_an_export_runs_where_esper_cannot_be_imported(tmp_path: Path) -> None:
         "    x, y = torch.load(f'{name}.xy')\n"
         "    assert torch.allclose(plain(x), y, atol=1e-5) and torch.allclose(program(x), y, atol=1e-5), name\n"
     )
-    for name, model, x, seeds in (
+    cases = (
         ("mlp", mlp(), vectors(), [*WIDEN, ("parallel:layers.2", "bottleneck")]),
         ("gpt", gpt(), tokens(), [("stack:blocks.1", "stack"), ("parallel:blocks.0.mlp.fc", "attention")]),
-        (
-            "cnn",
-            cnn("batch"),
-            images(),
-            [("bypass:layers.0->layers.1", "conv_widen"), ("parallel:layers.2", "attention")],
-        ),
-    ):
+        ("cnn", cnn("batch"), images(), [CONV, ("parallel:layers.2", "attention")]),
+    )
+    for name, model, x, seeds in cases:
         grown(model, x, seeds)
         torch.save(export(model), tmp_path / f"{name}.pickle")  # a file of our own: whole modules need pickle
         save(model, tmp_path / f"{name}.pt", x)
@@ -545,7 +540,7 @@ def test_what_save_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ExportError, match=r"suffix should be one of \.pt, \.onnx, \.safetensors, got 'net\.pkl'"
     ):
         save(Plain(), tmp_path / "net.pkl", vectors())
-    with pytest.raises(ExportError, match="folder of .* does not exist"):
+    with pytest.raises(ExportError, match=r"folder of .* does not exist"):
         save(Plain(), tmp_path / "nowhere" / "net.pt", vectors())
     with pytest.raises(ExportError, match="needs an example input"):
         save(Plain(), tmp_path / "net.pt")

@@ -98,13 +98,12 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def lightning_checkpoint(
-    path: Path, *, grown: bool = True, weights_only: bool = False, cls: type = Module
+    path: Path, *, weights_only: bool = False, cls: type[L.LightningModule] = Module
 ) -> L.LightningModule:
     """A real checkpoint of a real, short run."""
     torch.manual_seed(3)
     module = cls()
-    if grown:
-        grow(module, "net.")
+    grow(module, "net.")
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -120,12 +119,9 @@ def test_a_lightning_checkpoint_loads_into_a_fresh_module(tmp_path: Path, weight
     fresh = Module()
     assert esper.load(fresh, tmp_path / "last.ckpt") is fresh
     assert torch.equal(outputs(fresh), outputs(module))
-    assert [(s.seed_id, s.stage) for s in all_seeds(fresh)] == [
-        ("s3", "training"),
-        ("s1", "fossilized"),
-        ("s2", "blending"),
-    ]
-    assert float(next(s for s in all_seeds(fresh) if s.seed_id == "s2").alpha) == pytest.approx(0.3)
+    seeds = {seed.seed_id: seed for seed in all_seeds(fresh)}
+    assert [seeds[i].stage for i in ("s1", "s2", "s3")] == ["fossilized", "blending", "training"]
+    assert float(seeds["s2"].alpha) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -185,7 +181,7 @@ def test_not_strict_passes_over_keys_of_the_host_only(tmp_path: Path) -> None:
     key = next(k for k in state if k.endswith("s1.branch.fan_out.weight"))
     del state[key]
     torch.save(state, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match="it lacks 'fc2.esper_seeds.s1.branch.fan_out.weight'"):
+    with pytest.raises(CheckpointError, match=r"it lacks 'fc2.esper_seeds.s1.branch.fan_out.weight'"):
         load(Net(), tmp_path / "net.pt", strict=False)
 
 
@@ -207,15 +203,16 @@ def test_flipped_bytes_are_noticed_and_change_nothing(tmp_path: Path, kind: str,
     before = snapshot(host)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # zipfile's, on names that occur twice
+        refused = False
         try:
             load(host, path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
-            assert_unchanged(host, before)
-        else:  # an archive has parts that say nothing, and its index is there twice
-            assert kind != "safetensors export"
-            assert_unchanged(host, snapshot(source))
-            return
+        except CheckpointError:
+            refused = True
+    if refused:
+        assert_unchanged(host, before)
+    else:  # an archive has parts that say nothing, and its index is there twice
+        assert kind != "safetensors export"
+        assert_unchanged(host, snapshot(source))
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
@@ -351,7 +348,7 @@ def test_export_checkpoint_of_a_user_s_module(tmp_path: Path) -> None:
         program = torch.export.load(file).module()
     torch.testing.assert_close(program(X), outputs(module), rtol=1e-5, atol=1e-5)
     export_checkpoint(tmp_path / "last.ckpt", tmp_path / "b.pt", model=f"{__name__}:Module", input_shape=(6,))
-    with pytest.raises(CheckpointError, match="was not written by `esper train`.*--model"):
+    with pytest.raises(CheckpointError, match=r"was not written by `esper train`.*--model"):
         export_checkpoint(tmp_path / "last.ckpt", tmp_path / "c.pt")
 
 
@@ -368,6 +365,7 @@ def test_what_a_model_s_name_may_be() -> None:
 
 
 def test_a_module_that_needs_more_than_its_hyperparameters(tmp_path: Path) -> None:
-    torch.save({"pytorch-lightning_version": "2.6", "state_dict": Net().state_dict(), "hyper_parameters": {"depth": 3}}, tmp_path / "a.ckpt")  # fmt: skip
+    content = {"pytorch-lightning_version": "2.6", "state_dict": Net().state_dict()}
+    torch.save(content | {"hyper_parameters": {"depth": 3}}, tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match=r"cannot be built from the checkpoint's hyperparameters \(depth\)"):
         export_checkpoint(tmp_path / "a.ckpt", tmp_path / "a.pt", model=f"{__name__}:Module")
