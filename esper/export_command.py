@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from esper.hosts import ClassifierModule, GPTConfig, HostConfig, host_from_dict
 from esper.kasmina.export import save
 from esper.kasmina.loading import load, read_checkpoint
 from esper.progress import EXAMPLE_SHAPE
+from esper.quiet import quiet
 
 __all__ = ["example_input", "export_checkpoint", "import_class"]
 
@@ -61,7 +63,9 @@ def export_checkpoint(
     if input_shape is not None:
         example = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    return f"{out}: {save(network, out, example)}"
+    with quiet():
+        made = save(network, out, example)
+    return f"{out}: {made}"
 
 
 def example_input(host: HostConfig, shape: tuple[int, ...]) -> Tensor:
@@ -73,7 +77,7 @@ def example_input(host: HostConfig, shape: tuple[int, ...]) -> Tensor:
 
 
 def import_class(name: str) -> type[nn.Module]:
-    """Import ``package.module:Class``.
+    """Import ``package.module:Class``, from the working directory too, as ``python -m`` does.
 
     Raises:
         ConfigError: It cannot be imported, or is no module class.
@@ -81,6 +85,8 @@ def import_class(name: str) -> type[nn.Module]:
     home, _, attribute = name.partition(":")
     if not home or not attribute:
         raise ConfigError(f"a model is named as package.module:Class, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = import_module(home)
         for part in attribute.split("."):

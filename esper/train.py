@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from esper.errors import CheckpointError, ConfigError, EsperError, ExportError
 from esper.hosts import HostConfig, HostData, fit_host, host_to_dict
 from esper.interrupt import StopRequest
 from esper.kasmina.export import save
+from esper.quiet import quiet
 from esper.report.comparison import compare
 from esper.report.folder import SUMMARY, report
 from esper.report.live import LiveDisplay
@@ -101,7 +101,7 @@ def train(
     finished = _finished(folder, digest) if in_place else {}
     console.print(f"{settings.name}, seed {settings.seed} → {_shown(folder)}", style="bold", soft_wrap=True)
     started = time.time()
-    with stop, LiveDisplay(console) as display, _quiet():
+    with stop, LiveDisplay(console) as display, quiet():
         run = _Run(settings, config, folder, data, display, stop, in_place, finished)
         results: list[ArmSummary] = []
         for arm in _arms(run, host, resume, results):
@@ -199,27 +199,6 @@ def _shown(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.resolve().relative_to(Path.cwd()))
     return str(path)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice out of the display; what a user has to act on still comes through."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # The data are in memory: workers would only cost.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            # A short epoch logs its last step anyway.
-            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-            # Lightning 2.6 asks torch >= 2.13 in a way that is being retired; nothing a user could change.
-            warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 # ------------------------------------------------------------------ resuming
