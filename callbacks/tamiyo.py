@@ -37,6 +37,7 @@ from esper.tamiyo.recorder import Recorder
 __all__ = ["TamiyoCallback"]
 
 _STATE_VERSION = 1
+_INBOX_INTERVAL_S = 0.05
 _WATCH_HORIZON = 10_000
 """Steps by which a watched run of unknown length is paced; nothing is decided then."""
 
@@ -76,6 +77,7 @@ class TamiyoCallback(L.Callback):
         )  # wrong options fail here, not in epoch 3
         self.run_id = uuid.uuid4().hex[:12]
         self._restored: dict[str, Any] | None = None
+        self._stage = "fit"
         self._reset()
 
     def _reset(self) -> None:
@@ -89,6 +91,7 @@ class TamiyoCallback(L.Callback):
         self._journal: Journal | None = None
         self._publisher: Publisher | None = None
         self._inbox: CommandInbox | None = None
+        self._inbox_read_at = -math.inf
         self._requests: list[Decision] = []
         self._newborn: dict[str, list[torch.nn.Parameter]] = {}
         self._last_step = 0
@@ -157,6 +160,7 @@ class TamiyoCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let checkpoints regrow the model, and refuse what growth cannot work with."""
         follow_state_dict(pl_module)
+        self._stage = stage
         if stage == "fit":
             if self.config.policy != "off":
                 check_trainer(trainer, TamiyoCallback)
@@ -205,8 +209,6 @@ class TamiyoCallback(L.Callback):
             self._controller.follow(previous, same_run=same_run)
         if self._body is not None:
             self._check_evaluation()
-        if restored is not None and restored["random"] is not None:
-            set_random_state(restored["random"])  # last: nothing above may move it
         self._mark("resume" if restored is not None else "start", trainer)
 
     def on_train_batch_start(
@@ -256,22 +258,21 @@ class TamiyoCallback(L.Callback):
         if controller is None:
             return
         loss = _loss(outputs)
-        if loss is not None and pl_module.automatic_optimization:
+        if loss is not None and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
             loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         controller.note_batch(loss, batch_size(batch))
-        if trainer.global_step == self._last_step:
+        step = trainer.global_step
+        if step == self._last_step:
             return  # gradients are still being accumulated
-        self._steps_a_batch = trainer.global_step - self._last_step
-        self._last_step = trainer.global_step
+        self._steps_a_batch = step - self._last_step
+        self._last_step = step
         self._check_evaluation()
         self._finish_probe(trainer)
         for decision in self._requests:
             controller.request(decision)
         self._requests.clear()
-        if self._inbox is not None:
-            for command in self._inbox.poll():
-                controller.request(command.decision)
-        controller.safe_point(trainer.global_step, trainer.current_epoch)
+        self._take_commands(controller)
+        controller.safe_point(step, trainer.current_epoch)
         self._scale_births()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -329,8 +330,13 @@ class TamiyoCallback(L.Callback):
                 f"the checkpoint's TamiyoCallback state has version {state_dict.get('version')!r}, this esper reads "
                 f"{_STATE_VERSION}; resume with the esper that wrote it, or start afresh from the weights by esper.load"
             )
+        if self._stage != "fit":
+            return  # Lightning restores callbacks to test a checkpoint too; a later fit must not take it up
         self._restored = state_dict
         self.run_id = state_dict["run_id"]
+        if state_dict["random"] is not None and self.config.policy != "off":
+            # Here, because the first iteration over a loader, which draws from it, may come with the optimizers.
+            set_random_state(state_dict["random"])
 
     # ---------------------------------------------------------------- inside
 
@@ -372,9 +378,20 @@ class TamiyoCallback(L.Callback):
         isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(after)
         return isolating and any(seed.stage == "training" for seed in self._body.seeds)
 
+    def _take_commands(self, controller: Controller) -> None:
+        """Read the inbox; a person does not notice a twentieth of a second, a short step would notice the look."""
+        now = time.monotonic()
+        if self._inbox is None or now - self._inbox_read_at < _INBOX_INTERVAL_S:
+            return
+        self._inbox_read_at = now
+        for command in self._inbox.poll():
+            controller.request(command.decision)
+
     def _protect(self, trainer: L.Trainer, guard: StepGuard) -> None:
         """Keep the gradients of young seeds from reaching the host through clipping by total norm."""
         assert self._body is not None
+        if not self._body.seeds:
+            return
         young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
         isolated = [list(seed.parameters()) for seed in young if seed.stage == "training"]
         felt = [p for seed in young if seed.stage != "training" for p in seed.parameters()]

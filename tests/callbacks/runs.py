@@ -133,6 +133,17 @@ def fit(
         runner.fit(module, datamodule=data or DigitsData(), **options)
 
 
+def test(runner: L.Trainer, module: L.LightningModule, checkpoint: Path | str) -> dict[str, float]:
+    """Test on the digits from a checkpoint."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        return dict(runner.test(module, DigitsData(), ckpt_path=checkpoint, verbose=False)[0])
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
 def growing(folder: Path, *entries: tuple[Any, ...], **settings: Any) -> TamiyoCallback:
     """A callback that grows by a fixed list, is quick about it, and stays off the bus."""
     given: dict[str, Any] = {
