@@ -147,8 +147,14 @@ class StepGuard:
 
         return args[:1], {**kwargs, "closure": then_put_back}
 
-    @torch.no_grad()
     def _put_back(self) -> None:
+        if not self._held and not self._multipliers:
+            self._before = []
+            return  # every step of a run without young seeds comes by here
+        with torch.no_grad():
+            self._restore_all()
+
+    def _restore_all(self) -> None:
         held, self._held = self._held, []
         for parameters, gradients, clip, algorithm in held:
             self._restore(parameters, gradients, clip, algorithm)
@@ -180,8 +186,10 @@ class StepGuard:
             else:
                 nn.utils.clip_grad_value_(chosen, clip)
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._before:
+            return
         before, self._before = self._before, []
-        for p, old, multiplier in before:
-            p.copy_(torch.lerp(old, p, multiplier))
+        with torch.no_grad():
+            for p, old, multiplier in before:
+                p.copy_(torch.lerp(old, p, multiplier))

