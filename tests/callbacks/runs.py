@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,10 +12,10 @@ from typing import Any
 import lightning.pytorch as L
 import msgspec
 import torch
+from esper.callbacks import TamiyoCallback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper.callbacks import TamiyoCallback
 from esper.hosts import (
     ClassifierModule,
     CNNConfig,
@@ -207,7 +208,7 @@ def interventions(folder: Path) -> list[GovernorRecord]:
 def stages(folder: Path, seed_id: str) -> list[str]:
     """The stages a seed went through, first to last; each transition starts where the one before ended."""
     path = transitions(folder, seed_id)
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in itertools.pairwise(path):
         assert before.target == after.source, (before, after)
     return [path[0].source, *(t.target for t in path)] if path else []
 

@@ -10,8 +10,9 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from msgspec import structs
+from esper.callbacks import TamiyoCallback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from msgspec import structs
 from runs import (
     QUICK,
     STEPS_AN_EPOCH,
@@ -32,7 +33,6 @@ from runs import (
     weights,
 )
 
-from esper.callbacks import TamiyoCallback
 from esper.errors import CheckpointError
 from esper.kasmina.structure import all_seeds
 from esper.messages import RunRecord
