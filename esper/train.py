@@ -17,11 +17,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from esper.arms import CHECKPOINT, Arm, ArmResult, control_growth, run_arm, saved_host
-from esper.errors import CheckpointError, ConfigError, EsperError, ExportError
+from esper.errors import EsperError, ExportError
 from esper.hosts import HostConfig, HostData, fit_host, host_to_dict
 from esper.interrupt import StopRequest
 from esper.kasmina.export import save
@@ -37,9 +36,10 @@ from esper.report.summary import (
     read_summary,
     write_summary,
 )
+from esper.resuming import find_checkpoint, recorded_overrides
 from esper.settings import TrainSettings, parse_settings
 
-__all__ = ["EXPORTED", "main", "resume_overrides", "train"]
+__all__ = ["EXPORTED", "main", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def train(
             host.num_parameters
         )  # a shape without a uniform relative fails here, not at the end
     digest = hash_config(config, _NOT_HASHED)
-    resume = _resume_checkpoint(config.get("resume"), folder)
+    resume = find_checkpoint(config.get("resume"), folder)
     in_place = resume is not None and resume.resolve() == (folder / CHECKPOINT).resolve()
     finished = _finished(folder, digest) if in_place else {}
     console.print(f"{settings.name}, seed {settings.seed} → {_shown(folder)}", style="bold", soft_wrap=True)
@@ -201,65 +201,14 @@ def _shown(path: Path) -> str:
     return str(path)
 
 
-# ------------------------------------------------------------------ resuming
-
-
-def _resume_checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """Return the checkpoint to begin from.
-
-    Raises:
-        CheckpointError: There is none at ``resume``.
-    """
-    if resume is None:
-        return None
-    path = Path(resume)
-    if path.is_dir():
-        path = path / CHECKPOINT
-    if not path.is_file():
-        raise CheckpointError(
-            f"expected a run folder with {CHECKPOINT} in it, or a checkpoint, at resume={resume}; found none "
-            f"({path} does not exist); give the folder that `esper train` named"
-        )
-    return path
-
-
-def resume_overrides(arguments: Sequence[str]) -> list[str]:
-    """Add to the arguments of ``esper train resume=RUN ...`` what the run was started with.
-
-    A run folder, or a checkpoint inside one, brings the overrides it was composed from, and the run goes on
-    in that folder; arguments given now come last, so they win.
-
-    Raises:
-        ConfigError: The overrides that the folder holds cannot be read.
-    """
-    target = next((a.removeprefix("resume=") for a in reversed(arguments) if a.startswith("resume=")), None)
-    if target is None or target in ("null", ""):
-        return list(arguments)
-    path = Path(target)
-    folder = path if path.is_dir() else path.parent.parent
-    recorded = folder / ".hydra" / "overrides.yaml"
-    if not recorded.is_file():
-        return list(arguments)
-    try:
-        stored = OmegaConf.to_container(OmegaConf.load(recorded))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ConfigError(f"expected Hydra's list of overrides in {recorded}, but: {error}") from error
-    if not isinstance(stored, list):
-        raise ConfigError(f"expected a list of overrides in {recorded}, got {type(stored).__name__}")
-    given = {argument.split("=", 1)[0].lstrip("+~") for argument in arguments}
-    kept = [str(o) for o in stored if str(o).split("=", 1)[0].lstrip("+~") not in given]
-    return [*kept, *arguments, f"hydra.run.dir={folder}"]
-
-
-# ------------------------------------------------------------------ the command
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run ``esper train`` with Hydra's command line.
 
     Returns:
         Exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C.
     """
+    if os.environ.get("ESPER_DEBUG"):
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra cuts tracebacks short otherwise
     sweep: list[Path] = []
 
     def task(config: DictConfig) -> None:
@@ -282,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
 
     decorated = hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")(task)
     previous = sys.argv
-    sys.argv = ["esper train", *resume_overrides(arguments)]
+    sys.argv = ["esper train", *recorded_overrides(arguments)]
     try:
         decorated()
     finally:

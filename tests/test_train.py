@@ -25,7 +25,8 @@ from esper.metrics_file import MetricsFile
 from esper.report.journal import read_journal
 from esper.report.metrics import read_metrics
 from esper.report.summary import RunSummary, read_summary
-from esper.train import resume_overrides, train
+from esper.resuming import recorded_overrides
+from esper.train import train
 
 ROOT = Path(__file__).parent.parent
 POLICIES = ("expressivity", "random", "off")
@@ -138,6 +139,25 @@ def test_export_writes_the_grown_network(finished: Path, tmp_path: Path, suffix:
     assert out.stat().st_size > 0
 
 
+def test_export_finds_a_class_in_the_working_directory(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from esper.hosts import ClassifierModule as Mine\n")
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        "esper.cli",
+        "export",
+        str(finished / "checkpoints/last.ckpt"),
+        "plain.pt",
+    ]
+    done = subprocess.run(
+        [*line, "--model", "mine:Mine", "--input-shape", "64"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plain.pt").stat().st_size > 0
+
+
 def test_the_exported_network_scores_what_the_table_says(finished: Path) -> None:
     code = (
         "import sys, torch\n"
@@ -238,12 +258,12 @@ def test_resume_brings_back_what_the_run_was_started_with(tmp_path: Path) -> Non
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra/overrides.yaml").write_text("- policy=random\n- seed=3\n- trainer.max_epochs=4\n")
-    assert resume_overrides(["trainer.max_epochs=9", f"resume={folder}"]) == [
+    assert recorded_overrides(["trainer.max_epochs=9", f"resume={folder}"]) == [
         "policy=random", "seed=3", "trainer.max_epochs=9", f"resume={folder}", f"hydra.run.dir={folder}",
     ]  # fmt: skip
     (folder / ".hydra/overrides.yaml").write_text("a: 1\n")
     with pytest.raises(ConfigError, match="expected a list of overrides"):
-        resume_overrides([f"resume={folder}"])
+        recorded_overrides([f"resume={folder}"])
 
 
 def test_metrics_file_keeps_rows_before_a_resumed_step(tmp_path: Path) -> None:
