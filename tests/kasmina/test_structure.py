@@ -8,8 +8,7 @@ import pickle
 
 import pytest
 import torch
-from places import MLP as Host
-from places import PLACES, Place, place
+from places import MLP, PLACES, Place, place
 from torch import Tensor, nn
 
 from esper.errors import CheckpointError, GrowthError
@@ -30,9 +29,9 @@ from esper.kasmina.structure import (
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
-def host() -> Host:
+def host() -> MLP:
     torch.manual_seed(0)
-    return Host()
+    return MLP()
 
 
 def grown(at: Place) -> nn.Module:
@@ -134,7 +133,7 @@ def test_conform_checks_all_seeds_before_it_touches_one() -> None:
     good = SeedState(seed_id="s2", site=seed.site, blueprint="widen", size=3)
     bad = SeedState(seed_id="s3", site=seed.site, blueprint="depthwise", size=3)
     with pytest.raises(
-        CheckpointError, match="seed 's3' of the checkpoint does not fit this model: .*depthwise"
+        CheckpointError, match=r"seed 's3' of the checkpoint does not fit this model: .*depthwise"
     ):
         conform(model, [good, bad])
     assert all_seeds(model) == [seed]
@@ -155,7 +154,7 @@ def test_the_same_init_seed_gives_the_same_branch_and_leaves_the_generator() -> 
     at = place("widen", "MLP", 1)
     weights = [at.plant(host()).branch.fan_in.weight for _ in range(2)]
     assert torch.equal(*weights)
-    model = Host()
+    model = MLP()
     drawn = torch.get_rng_state()
     at.plant(model)
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -124,8 +124,10 @@ def test_a_layer_that_runs_twice_or_never_is_refused_with_the_reason() -> None:
 
 def test_parametrised_and_lazy_layers_and_containers_are_refused() -> None:
     model = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Sequential(nn.Linear(5, 4), nn.ReLU()), nn.Linear(4, 3)
-    )  # fmt: skip
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+        nn.Sequential(nn.Linear(5, 4), nn.ReLU()),
+        nn.Linear(4, 3),
+    )
     body = attach(model, torch.randn(4, 6))
     assert body.refused["0"].startswith("parametrised")
     assert body.refused["1"].startswith("an nn.Sequential iterates over its children")
