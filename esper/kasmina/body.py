@@ -10,12 +10,21 @@ from torch import Tensor, nn
 
 from esper.errors import AttachError, GrowthError
 from esper.kasmina.blueprints import Cost, cost, get_blueprint
+from esper.kasmina.example import forget_example
 from esper.kasmina.find_sites import context_of, find_sites
 from esper.kasmina.layer import SeedLayer, observed, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import Site
-from esper.kasmina.structure import all_seeds, follow_state_dict, has_seeds, plant, uproot
+from esper.kasmina.structure import (
+    SeedIndex,
+    all_seeds,
+    follow_state_dict,
+    has_seeds,
+    plant,
+    unfollow_state_dict,
+    uproot,
+)
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import preserved, trace
 
@@ -44,6 +53,8 @@ class Body:
         self.sites = find_sites(model, topology)
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
         self._costs: dict[tuple[str, str, int], Cost] = {}
+        self._index = SeedIndex()
+        self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
         for site in self.sites:
             self.refused.pop(site.target, None)
             swap_class(model.get_submodule(site.target), functional=site.functional)
@@ -56,7 +67,7 @@ class Body:
     @property
     def seeds(self) -> list[Seed]:
         """Every seed in the model."""
-        return all_seeds(self.model)
+        return self._index.of(self.model)
 
     @property
     def num_parameters(self) -> int:
@@ -66,8 +77,9 @@ class Body:
     @property
     def flops(self) -> int:
         """FLOPs of one forward pass of one sample: host and the seeds that run."""
-        host = sum(layer.flops for layer in self.topology.layers if not layer.block)
-        return host + sum(self.cost(s.site.name, s.blueprint, s.size).flops for s in self.seeds)
+        return self._host_flops + sum(
+            self.cost(s.site.name, s.blueprint, s.size).flops for s in self.seeds
+        )
 
     def site(self, name: str | Site) -> Site:
         """The site called ``name``.
@@ -177,7 +189,7 @@ class Body:
         Args:
             run: Calls the model once; runs in eval mode without gradients.
         """
-        counted = [
+        counted: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in self.model.named_modules() if isinstance(module, SeedLayer)
         ]
         counter = _CallCounter()
@@ -218,7 +230,8 @@ class Body:
         """The host parameter whose optimizer group a new parameter joins."""
         target = self.model.get_submodule(seed.site.target)
         if seed.site.kind == "stack":  # a copied block: each parameter follows its original
-            return target.get_parameter(name)
+            # not get_parameter: where a seed acts on a weight, that attribute is no parameter any more
+            return dict(target.named_parameters())[name]
         weight = target._parameters.get("weight")
         return weight if weight is not None else next(target.parameters())
 
@@ -283,6 +296,8 @@ def detach(model: nn.Module) -> None:
         )
     for module in model.modules():
         restore_class(module)
+    unfollow_state_dict(model)
+    forget_example(model)
 
 
 def mean_output(output: Any) -> Tensor:

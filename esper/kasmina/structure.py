@@ -11,15 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.errors import CheckpointError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
-from esper.kasmina.seed import Seed, SeedState, decode_state
+from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import BuildContext, Site
+from esper.kasmina.validation import check_state_dict, seed_states_in
 
 __all__ = [
+    "SeedIndex",
     "all_seeds",
     "build_context",
     "conform",
@@ -27,8 +29,39 @@ __all__ = [
     "has_seeds",
     "plant",
     "seed_states_in",
+    "unfollow_state_dict",
     "uproot",
 ]
+
+
+_num_changes = 0
+"""Seeds planted and uprooted in this process so far, in whatever model."""
+
+
+class SeedIndex:
+    """The seeds of one model, looked up once for each change of structure.
+
+    A walk over all modules costs as much as a small layer's forward pass, and a training step asks
+    for the seeds several times. Only :func:`plant` and :func:`uproot` change what there is.
+    """
+
+    def __init__(self) -> None:
+        self._at = -1
+        self._seeds: tuple[Seed, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_at": -1, "_seeds": ()}  # in another process, or in a copy, changes are counted afresh
+
+    def of(self, model: nn.Module) -> list[Seed]:
+        """What :func:`all_seeds` returns; always for the same model."""
+        if self._at != _num_changes:
+            self._seeds, self._at = tuple(all_seeds(model)), _num_changes
+        return list(self._seeds)
+
+
+def _note_change() -> None:
+    global _num_changes
+    _num_changes += 1
 
 
 def all_seeds(model: nn.Module) -> list[Seed]:
@@ -95,6 +128,7 @@ def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
     holder = context.target_layer._modules[SEEDS]
     assert isinstance(holder, nn.ModuleDict)
     holder[state.seed_id] = seed
+    _note_change()
     return seed
 
 
@@ -104,6 +138,7 @@ def uproot(model: nn.Module, seed: Seed) -> None:
     holder = target._modules[SEEDS]
     assert isinstance(holder, nn.ModuleDict)
     del holder[seed.seed_id]
+    _note_change()
     if len(holder) == 0:
         del target._modules[SEEDS]
     if seed.tap is not None:
@@ -144,30 +179,6 @@ def conform(model: nn.Module, wanted: list[SeedState]) -> None:
         plant(model, state, init_seed=0)
 
 
-def seed_states_in(state_dict: dict[str, Any], prefix: str = "") -> list[SeedState]:
-    """Decode the seed records in a state dict.
-
-    Args:
-        state_dict: Of a grown model.
-        prefix: Where in it the model's own keys begin.
-
-    Raises:
-        CheckpointError: A record cannot be read, or names another place than its key.
-    """
-    states = []
-    for key, value in state_dict.items():
-        parts = key[len(prefix) :].split(".") if key.startswith(prefix) else []
-        if len(parts) >= 3 and parts[-1] == "_extra_state" and parts[-3] == SEEDS:
-            state = decode_state(value, key)
-            if parts[-2] != state.seed_id or ".".join(parts[:-3]) != state.site.target:
-                raise CheckpointError(
-                    f"seed record {key!r} says it is {state.seed_id!r} at {state.site.target!r}; "
-                    "the checkpoint's keys were renamed or damaged"
-                )
-            states.append(state)
-    return states
-
-
 def follow_state_dict(model: nn.Module) -> None:
     """Make ``model.load_state_dict`` grow or ungrow the model first; does nothing the second time."""
     for hook in model._load_state_dict_pre_hooks.values():
@@ -176,20 +187,20 @@ def follow_state_dict(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(_before_load)
 
 
+def unfollow_state_dict(model: nn.Module) -> None:
+    """Undo :func:`follow_state_dict`, so that nothing in ``model`` refers to esper any more."""
+    for module in model.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook) is _before_load:
+                del module._load_state_dict_pre_hooks[key]
+
+
 def _before_load(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    states = seed_states_in(state_dict, prefix)
-    ids = {state.seed_id: state for state in states}
-    for key, value in state_dict.items():
-        parts = key.split(".")
-        if SEEDS in parts and isinstance(value, Tensor):
-            at = parts.index(SEEDS)
-            if key.startswith(prefix) and len(parts) > at + 1 and parts[at + 1] not in ids:
-                raise CheckpointError(
-                    f"the checkpoint holds weights of a seed at {key!r} but no record of what it is; it is incomplete"
-                )
+    # All of it is checked before the first seed is planted: a foreign checkpoint changes nothing.
+    states = check_state_dict(module, state_dict, prefix=prefix, strict=strict)
     conform(module, states)
 
 

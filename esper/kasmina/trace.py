@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from esper.errors import AttachError
 from esper.kasmina.activations import op_name
+from esper.kasmina.example import keep_example
 from esper.kasmina.layer import SEEDS, base_class, primary, replace_primary
 from esper.kasmina.topology import Edge, LayerInfo, ModelTopology
 
@@ -52,7 +53,7 @@ class _Mark(torch.autograd.Function):
         return x.clone()  # a copy, not a view: the host may write in place next
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
@@ -97,6 +98,8 @@ class Tracer:
         self._stance: Any = None
 
     def __enter__(self) -> Tracer:
+        for module in (self.model, *self.model.children()):
+            self._handles.append(module.register_forward_pre_hook(_keep_call, with_kwargs=True))
         for name, module in self.model.named_modules():
             if not name or SEEDS in name.split("."):
                 continue
@@ -160,7 +163,8 @@ class Tracer:
         layers = [self._with_block_flops(layer, flops) for layer in layers]
         ends = [layer for layer in layers if layer.is_output]
         positions = max((_positions(layer) for layer in ends), default=1)
-        attends = any("scaleddotproduct" in op.lower() or "softmax" in op.lower() for op in self._ops_seen)
+        # LogSoftmax is the cross-entropy of any classifier.
+        attends = any("scaleddotproduct" in op.lower() or op.startswith("Softmax") for op in self._ops_seen)
         attends = attends or any(
             isinstance(call.module, nn.MultiheadAttention) for call in self._calls.values()
         )
@@ -208,7 +212,7 @@ class Tracer:
             if call.count == 1:
                 self._order.append(name)
             key = None if args else next(iter(kwargs), None)
-            value = args[0] if args else kwargs.get(key or "")
+            value: Any = args[0] if args else kwargs.get(key or "")
             if not _markable(value):
                 return None
             if call.count == 1:
@@ -388,6 +392,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def _keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Remember a few samples of what the model was called with: an export proves itself on them."""
+    keep_example(module, args, kwargs)
 
 
 def _markable(value: Any) -> bool:

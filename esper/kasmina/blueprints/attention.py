@@ -58,7 +58,7 @@ class CausalHead(nn.Module):
         """Return what each token takes from those before it."""
         q, k, v = self.qkv(F.layer_norm(y, (self.units,))).split(self.width, dim=-1)
         tokens = y.shape[1]
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=y.device).triu(1)
+        later = y.new_ones((tokens, tokens), dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(1, 2)) * self.width**-0.5
         mixed = scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v
         result: Tensor = self.out(mixed)
