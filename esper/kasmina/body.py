@@ -189,9 +189,8 @@ class Body:
         Args:
             run: Calls the model once; runs in eval mode without gradients.
         """
-        counted: list[tuple[str, nn.Module]] = [
-            (name, module) for name, module in self.model.named_modules() if isinstance(module, SeedLayer)
-        ]
+        layers: list[tuple[str, nn.Module]] = list(self.model.named_modules())
+        counted = [(name, module) for name, module in layers if issubclass(type(module), SeedLayer)]
         counter = _CallCounter()
         with observed([(module, counter) for _, module in counted]), preserved(self.model), torch.no_grad():
             self.model.eval()

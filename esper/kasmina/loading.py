@@ -128,10 +128,10 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage makes it stumble on
-        first = str(error).strip().splitlines()
+        first = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
-            f"expected a checkpoint at {path}, but it does not load ({type(error).__name__}: {first[0] if first else 'no message'}); it is "
-            "damaged, or holds objects other than tensors and plain values"
+            f"expected a checkpoint at {path}, but it does not load ({type(error).__name__}: {first}); it is damaged, "
+            "or holds objects other than tensors and plain values"
         ) from error
 
 
