@@ -7,10 +7,15 @@ Times are Unix seconds, latencies milliseconds, sizes parameters or floating-poi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
+if TYPE_CHECKING:
+    from esper.signal_table import SignalTable
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -34,7 +39,8 @@ __all__ = [
     "TransitionRecord",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Counts changes of what travels on the bus; 2 since a batch of signals travels as columns."""
 
 Stage = Literal[
     "dormant", "germinated", "training", "blending", "holding", "fossilized", "culled", "embargoed"
@@ -96,14 +102,49 @@ class HealthSignal(msgspec.Struct, array_like=True, gc=False, frozen=True):
     timestamp: float
 
 
-class SignalBatch(msgspec.Struct, tag="signals", frozen=True):
-    """All health signals of one sampled step: one message on ``telemetry.layer.health_signals``."""
+class SignalBatch(msgspec.Struct, tag="signals", frozen=True, dict=True):
+    """All health signals of one sampled step: one message on ``telemetry.layer.health_signals``.
+
+    They travel as columns; :mod:`esper.signal_table` says how. Make one with :meth:`of`, read ``signals``.
+    ``ids`` and ``columns`` of a batch that the bus delivered are valid; the bus has looked at them.
+    """
 
     run_id: str
     step: Count
     epoch: Count
-    signals: list[HealthSignal]
+    ids: bytes
+    columns: bytes
     timestamp: float
+
+    @classmethod
+    def of(
+        cls, run_id: str, step: int, epoch: int, signals: Sequence[HealthSignal], timestamp: float
+    ) -> SignalBatch:
+        """The batch of some signals; costs least when ``signals`` is a :class:`SignalTable`.
+
+        Raises:
+            MessageError: a field of a signal has a value of another type.
+        """
+        from esper.signal_table import SignalTable  # imports NumPy
+
+        table = SignalTable.of(signals)
+        return cls(run_id, step, epoch, table.ids, bytes(table.columns), timestamp)
+
+    @cached_property
+    def table(self) -> SignalTable:
+        """The signals as columns.
+
+        Raises:
+            MessageError: ``ids`` and ``columns`` are malformed, or a number is out of its range.
+        """
+        from esper.signal_table import SignalTable  # imports NumPy
+
+        return SignalTable.read(self.ids, self.columns)
+
+    @property
+    def signals(self) -> list[HealthSignal]:
+        """The signals as objects, built on first use; raises what :attr:`table` does."""
+        return self.table.signals
 
 
 class KernelPerformance(msgspec.Struct, tag="kernel", frozen=True):

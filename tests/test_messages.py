@@ -45,7 +45,7 @@ DECISION = Decision(
     blueprint="widen", size=8, numbers={"score": 0.2},
 )  # fmt: skip
 ONE_OF_EACH: list[Message] = [
-    SignalBatch("r", 10, 1, [signal(), signal(seed_id="s1")], 1.5),
+    SignalBatch.of("r", 10, 1, [signal(), signal(seed_id="s1")], 1.5),
     KernelPerformance("r", 10, 1.25, 0.125, 1.5),
     CacheHitRates("r", 10, 3, 4, 1.5),
     ErrorRecoveryEvent("r", 10, "net.fc1", "nonfinite_seed", "NaN in the output", 1.5),

@@ -72,8 +72,8 @@ def decision(
 
 def story(run_id: str = "r") -> list:  # type: ignore[type-arg]
     """One sampled step of a run, what led to it, and the end."""
-    scored = SignalBatch(run_id, 1100, 3, [signal("model.fc2", expressivity=0.299)], 1.0)
-    now = SignalBatch(
+    scored = SignalBatch.of(run_id, 1100, 3, [signal("model.fc2", expressivity=0.299)], 1.0)
+    now = SignalBatch.of(
         run_id, 1200, 3,
         [signal("model.fc1"), signal("model.fc2", health_score=0.2, active_seeds=1, total_seeds=2),
          signal("model.fc2", "seed-1", is_ready_for_transition=True), signal("model.fc2", "seed-2"),
@@ -264,7 +264,7 @@ def test_a_low_terminal_shows_the_least_healthy_layers() -> None:
     signals = [signal(f"net.layer{index}", health_score=index / 40) for index in range(40)]
     with Publisher("r") as publisher, Subscriber("r") as subscriber:
         view = RunView(RunInfo(run_id="r", pid=0, started=0.0), Collector(subscriber))
-        publisher.publish(SignalBatch("r", 1, 1, signals, 1.0))
+        publisher.publish(SignalBatch.of("r", 1, 1, signals, 1.0))
         view.read(1.0)
         assert len(picture(view, 80, height=24)) > 40
         view.fit_height = True
@@ -280,7 +280,7 @@ def test_long_layer_names_stay_distinct() -> None:
     names = [f"model.transformer.encoder.blocks.{index}.attention.projection_out" for index in range(12)]
     with Publisher("r") as publisher, Subscriber("r") as subscriber:
         view = RunView(RunInfo(run_id="r", pid=0, started=0.0), Collector(subscriber))
-        publisher.publish(SignalBatch("r", 1, 1, [signal(name) for name in names], 1.0))
+        publisher.publish(SignalBatch.of("r", 1, 1, [signal(name) for name in names], 1.0))
         view.read(1.0)
         shown = {line.split()[0] for line in picture(view, 80) if "█" in line}
     assert len(shown) == 12

@@ -24,11 +24,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zmq
 
 from esper.errors import EsperError
-from esper.messages import TOPICS, HealthSignal, SignalBatch
+from esper.messages import TOPICS, SignalBatch
 from esper.oona import BusConfig, Collector, Publisher, Subscriber, encode
+from esper.signal_table import SignalTable
 
 __all__ = ["TARGETS", "TITLE", "run"]
 
@@ -48,6 +50,7 @@ _RUN_ID = "bench-bus"
 _WINDOW = 512  # batches in flight; half of the default high-water mark
 _STRIDE = 32  # batches between two looks at the shared counters
 _TURNS = 3
+_SENT = np.array([0, 1, 2, 3, 4, 6, 7, 8])  # the statistics that stand in a signal; 9 is the error count
 
 Transport = Literal["ipc", "tcp"]
 
@@ -209,8 +212,8 @@ def _read_raw(socket: zmq.Socket[bytes]) -> int:
 
 def _send(control: Connection, shared: _Shared, transport: Transport) -> None:
     """The sending process: one publisher and one raw socket, each driven in its turns."""
-    batches = [_batch(seed) for seed in range(16)]
-    frames = [encode(batch, sequence=seed) for seed, batch in enumerate(batches)]
+    steps = [_Step(seed) for seed in range(16)]
+    frames = [encode(step.batch(seed), sequence=seed) for seed, step in enumerate(steps)]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     with (
         Publisher(_RUN_ID, BusConfig(transport=transport)) as publisher,
@@ -224,18 +227,18 @@ def _send(control: Connection, shared: _Shared, transport: Transport) -> None:
         raw.poll(30_000)
         while (mode := control.recv()) != "end":
             if mode == "paced":
-                _send_paced(publisher, batches, shared)
+                _send_paced(publisher, steps, shared)
             else:
-                send = _bus_send(publisher, batches) if mode == "bus" else _raw_send(raw, frames)
+                send = _bus_send(publisher, steps) if mode == "bus" else _raw_send(raw, frames)
                 _send_windowed(send, shared)
             control.send("stopped")
     if transport == "ipc":
         Path(raw_address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
-def _bus_send(publisher: Publisher, batches: list[SignalBatch]) -> Callable[[int], object]:
+def _bus_send(publisher: Publisher, steps: list[_Step]) -> Callable[[int], object]:
     publish = publisher.publish
-    return lambda index: publish(batches[index % 16])
+    return lambda index: publish(steps[index % 16].batch(index))
 
 
 def _raw_send(socket: zmq.Socket[bytes], frames: list[bytes]) -> Callable[[int], object]:
@@ -254,49 +257,47 @@ def _send_windowed(send: Callable[[int], object], shared: _Shared) -> None:
         num_sent += _STRIDE
 
 
-def _send_paced(publisher: Publisher, batches: list[SignalBatch], shared: _Shared) -> None:
+def _send_paced(publisher: Publisher, steps: list[_Step], shared: _Shared) -> None:
     interval_s = SIGNALS_PER_BATCH / LATENCY_SIGNALS_PER_S
     due = time.perf_counter()
     index = 0
     while not shared.stop.value:
         due += interval_s
         time.sleep(max(0.0, due - time.perf_counter()))
-        batch = batches[index % 16]
-        publisher.publish(
-            SignalBatch(
-                run_id=batch.run_id, step=index, epoch=0, signals=batch.signals, timestamp=time.time()
-            )
-        )
+        publisher.publish(steps[index % 16].batch(index))
         index += 1
 
 
-def _batch(seed: int) -> SignalBatch:
-    """One sampled step of a network of 32 layers with a seed each."""
-    draw = random.Random(seed).random
-    signals = [
-        HealthSignal(
-            layer_id=f"model.blocks.{index // 2}.linear",
-            seed_id=f"seed-{index // 2}" if index % 2 else "",
-            chunk_id=0,
+class _Step:
+    """What the probes of a network of 32 layers with a seed each have in hand at the end of one step."""
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed).random
+        self.layer_ids = [f"model.blocks.{index // 2}.linear" for index in range(SIGNALS_PER_BATCH)]
+        self.seed_ids = [f"seed-{index // 2}" if index % 2 else "" for index in range(SIGNALS_PER_BATCH)]
+        scales = (4.0, 1.0, 1.0, 1.0, 60.0, 1.0, 1.0, 10.0, 1e-3, 0.0)
+        # [n, 10] float64 in the order of esper.kasmina.statistics.LayerStatistics: a tensor's memory there
+        self.statistics = np.array([[scale * draw() for scale in scales] for _ in self.layer_ids])
+        self.scores, self.health, self.latencies_ms = ([draw() for _ in self.layer_ids] for _ in range(3))
+        self.ready = [bool(seed_id) for seed_id in self.seed_ids]
+        self.active, self.total = [1] * SIGNALS_PER_BATCH, [1] * SIGNALS_PER_BATCH
+
+    def batch(self, step: int) -> SignalBatch:
+        """Turn it into a message, as ``ProbeRunner.end`` and ``Recorder.signals`` do."""
+        now = time.time()
+        table = SignalTable.of_step(
+            self.layer_ids,
+            self.seed_ids,
+            step=step,
             epoch=3,
-            step=1200 + seed,
-            activation_variance=4 * draw(),
-            dead_neuron_ratio=draw(),
-            dormancy=draw(),
-            avg_correlation=2 * draw() - 1,
-            effective_rank=60 * draw(),
-            gradient_norm=draw(),
-            gradient_snr=10 * draw(),
-            update_ratio=1e-3 * draw(),
-            expressivity=draw(),
-            is_ready_for_transition=bool(index % 2),
-            health_score=draw(),
-            execution_latency=draw(),
-            error_count=0,
-            active_seeds=1,
-            total_seeds=1,
-            timestamp=1.8e9 + draw(),
+            timestamp=now,
+            statistics=self.statistics.T.take(_SENT, 0),
+            expressivity=self.scores,
+            ready=self.ready,
+            health=self.health,
+            latency_ms=self.latencies_ms,
+            error_count=self.statistics[:, 9],
+            active_seeds=self.active,
+            total_seeds=self.total,
         )
-        for index in range(SIGNALS_PER_BATCH)
-    ]
-    return SignalBatch(run_id=_RUN_ID, step=1200 + seed, epoch=3, signals=signals, timestamp=1.8e9)
+        return SignalBatch.of(_RUN_ID, step, 3, table, now)

@@ -21,10 +21,18 @@ from esper.kasmina.sampling import sample_elements, sample_rows
 from esper.kasmina.seed import Seed
 from esper.kasmina.statistics import LayerSample, LayerStatistics, drain, gradient_norm, summarise
 from esper.messages import HealthSignal
+from esper.signal_table import SignalTable
 
 __all__ = ["ProbeRunner"]
 
 _DENSE = (nn.Linear, nn.Conv2d)
+_SENT = [
+    LayerStatistics._fields.index(name)
+    for name in HealthSignal.__struct_fields__
+    if name in LayerStatistics._fields and name != "error_count"
+]
+"""Which statistics stand in a signal, in its order; the rank's fraction serves the health score only."""
+_ERRORS = LayerStatistics._fields.index("error_count")
 
 
 @dataclass
@@ -119,8 +127,11 @@ class ProbeRunner:
 
     def end(
         self, *, step: int, epoch: int, ready: Iterable[str] = (), scores: dict[str, float] | None = None
-    ) -> list[HealthSignal]:
+    ) -> SignalTable:
         """Remove the observers and turn the samples into signals: layers first, then seeds.
+
+        They come as columns, as they were measured and as the bus carries them; as a sequence the table
+        gives ``HealthSignal`` objects.
 
         Args:
             step: Optimizer steps taken, this one included.
@@ -146,23 +157,39 @@ class ProbeRunner:
             image = seed.site.image
             gradients = tuple(self._seed_gradients.get(seed.seed_id, ()))
             samples.append(LayerSample(activation=sample_rows(s, channels_first=image), gradients=gradients))
-        figures = drain(summarise(samples)) if samples else []
+        statistics = summarise(samples).cpu()
+        figures = drain(statistics)
         ratios = _output_ratios(seeds)
-        scores = scores or {}
-        signals = [
-            self._layer_signal(name, probe, figure, step, epoch, scores.get(name, 0.0))
-            for (name, probe), figure in zip(probes.items(), figures, strict=False)
-        ]
         for seed, figure, ratio in zip(seeds, figures[len(probes) :], ratios, strict=True):
             seed.state.facts.update(
                 gradient_norm=figure.gradient_norm,
                 output_ratio=ratio,
                 activation_variance=figure.activation_variance,
             )
-            signals.append(self._seed_signal(seed, figure, step, epoch, seed.seed_id in set(ready)))
+        scores, open_gates = scores or {}, set(ready)
+        of_layer = [[seed for seed in seeds_of(p.layer) if isinstance(seed, Seed)] for p in probes.values()]
+        columns = statistics.T.numpy()
+        table = SignalTable.of_step(
+            [*probes, *(seed.site.target for seed in seeds)],
+            [""] * len(probes) + [seed.seed_id for seed in seeds],
+            step=step,
+            epoch=epoch,
+            timestamp=time.time(),
+            statistics=columns.take(_SENT, 0),
+            expressivity=[scores.get(name, 0.0) for name in probes] + [0.0] * len(seeds),
+            ready=[False] * len(probes) + [seed.seed_id in open_gates for seed in seeds],
+            health=[
+                *map(_layer_health, probes.values(), figures),
+                *map(_seed_health, figures[len(probes) :]),
+            ],
+            latency_ms=[probe.latency_ms for probe in probes.values()] + [0.0] * len(seeds),
+            error_count=columns[_ERRORS],
+            active_seeds=[*map(_num_active, of_layer), *(_num_active([seed]) for seed in seeds)],
+            total_seeds=[*map(len, of_layer), *(1 for _ in seeds)],
+        )
         self.cancel()
         self.latency_ms += (time.perf_counter() - started) * 1e3
-        return signals
+        return table
 
     def cancel(self) -> None:
         """Remove the observers and forget the samples."""
@@ -173,61 +200,25 @@ class ProbeRunner:
         for seed in self._body.seeds:
             seed.observing, seed.observed = False, None
 
-    def _layer_signal(
-        self, name: str, probe: _Probe, figure: LayerStatistics, step: int, epoch: int, score: float
-    ) -> HealthSignal:
-        seeds = [seed for seed in seeds_of(probe.layer) if isinstance(seed, Seed)]
-        trained = bool(probe.gradient_norms)
-        health = health_score(
-            dead_neuron_ratio=figure.dead_neuron_ratio,
-            dormancy=figure.dormancy,
-            rank_fraction=figure.rank_fraction,
-            gradient_snr=figure.gradient_snr if trained else None,
-            update_ratio=figure.update_ratio if trained else None,
-            error_count=figure.error_count,
-        )
-        active = sum(seed.stage != "fossilized" for seed in seeds)
-        return _signal(
-            name, "", figure, step, epoch, score, False, health, probe.latency_ms, active, len(seeds)
-        )
 
-    def _seed_signal(
-        self, seed: Seed, figure: LayerStatistics, step: int, epoch: int, ready: bool
-    ) -> HealthSignal:
-        health = health_score(rank_fraction=figure.rank_fraction, error_count=figure.error_count)
-        active = int(seed.stage != "fossilized")
-        return _signal(
-            seed.site.target, seed.seed_id, figure, step, epoch, 0.0, ready, health, 0.0, active, 1
-        )
-
-
-def _signal(
-    layer_id: str, seed_id: str, figure: LayerStatistics, step: int, epoch: int, score: float, ready: bool,
-    health: float, latency_ms: float, active: int, total: int,
-) -> HealthSignal:  # fmt: skip
-    return HealthSignal(
-        layer_id=layer_id,
-        seed_id=seed_id,
-        chunk_id=0,
-        epoch=epoch,
-        step=step,
-        activation_variance=figure.activation_variance,
+def _layer_health(probe: _Probe, figure: LayerStatistics) -> float:
+    trained = bool(probe.gradient_norms)
+    return health_score(
         dead_neuron_ratio=figure.dead_neuron_ratio,
         dormancy=figure.dormancy,
-        avg_correlation=figure.avg_correlation,
-        effective_rank=figure.effective_rank,
-        gradient_norm=figure.gradient_norm,
-        gradient_snr=figure.gradient_snr,
-        update_ratio=figure.update_ratio,
-        expressivity=score,
-        is_ready_for_transition=ready,
-        health_score=health,
-        execution_latency=latency_ms,
+        rank_fraction=figure.rank_fraction,
+        gradient_snr=figure.gradient_snr if trained else None,
+        update_ratio=figure.update_ratio if trained else None,
         error_count=figure.error_count,
-        active_seeds=active,
-        total_seeds=total,
-        timestamp=time.time(),
     )
+
+
+def _seed_health(figure: LayerStatistics) -> float:
+    return health_score(rank_fraction=figure.rank_fraction, error_count=figure.error_count)
+
+
+def _num_active(seeds: list[Seed]) -> int:
+    return sum(seed.stage != "fossilized" for seed in seeds)
 
 
 def _output_ratios(seeds: list[Seed]) -> list[float]:

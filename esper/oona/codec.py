@@ -183,6 +183,8 @@ def read_frame(data: bytes, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Fr
     topic, decoder = known
     try:
         message = decoder.decode(memoryview(data)[body:])
+        if type(message) is SignalBatch:
+            _ = message.table  # looks at every id and number, and is kept for whoever asks
     except Exception as error:
         # The boundary itself: besides msgspec's own errors, hostile bytes can end in RecursionError
         # (deep nesting), MemoryError, UnicodeDecodeError or TypeError (unhashable keys).

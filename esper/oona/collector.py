@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from esper.errors import ConfigError
 from esper.messages import HealthSignal, Message, SignalBatch
 from esper.oona.subscriber import Subscriber
 
-__all__ = ["Collector"]
+if TYPE_CHECKING:
+    from esper.signal_table import SignalTable
 
-_KEY = attrgetter("layer_id", "seed_id")
+__all__ = ["Collector"]
 
 
 class Collector:
     """Drains a subscriber and keeps a bounded history of health signals.
 
-    Taking a batch costs next to nothing; views are computed when asked for. What has not been heard of
-    within the kept history (a culled seed) fades out of them.
+    Batches are kept as columns, so taking one costs next to nothing; objects are built of the signals that
+    are asked for. What has not been heard of within the kept history (a culled seed) fades out.
 
     Args:
         subscriber: where to read; None when batches are handed to :meth:`add` directly.
@@ -60,7 +61,7 @@ class Collector:
         """Take one batch."""
         self._batches.append(batch)
         self.num_batches += 1
-        self.num_signals += len(batch.signals)
+        self.num_signals += len(batch.table)
 
     @property
     def latest(self) -> SignalBatch | None:
@@ -70,18 +71,20 @@ class Collector:
     @property
     def last(self) -> dict[tuple[str, str], HealthSignal]:
         """The last kept signal of each ``(layer_id, seed_id)``; a layer's own has ``seed_id == ""``."""
-        last: dict[tuple[str, str], HealthSignal] = {}
+        where: dict[tuple[str, str], tuple[SignalTable, int]] = {}
         for batch in self._batches:
-            last.update(zip(map(_KEY, batch.signals), batch.signals, strict=True))
-        return last
+            table = batch.table
+            keys = zip(table.layer_ids, table.seed_ids, strict=True)
+            where.update((key, (table, index)) for index, key in enumerate(keys))
+        return {key: table.row(index) for key, (table, index) in where.items()}
 
     def history(self, layer_id: str, seed_id: str = "") -> list[HealthSignal]:
         """Kept signals of one layer or seed, oldest first."""
         return [
-            signal
-            for batch in self._batches
-            for signal in batch.signals
-            if signal.layer_id == layer_id and signal.seed_id == seed_id
+            table.row(index)
+            for table in (batch.table for batch in self._batches)
+            for index, key in enumerate(zip(table.layer_ids, table.seed_ids, strict=True))
+            if key == (layer_id, seed_id)
         ]
 
     def __repr__(self) -> str:

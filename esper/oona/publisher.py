@@ -17,6 +17,7 @@ from esper.oona.endpoint import Endpoint
 __all__ = ["Publisher", "PublisherStats"]
 
 _LOG = logging.getLogger("esper.oona")
+_LOOK_S = 1e-3
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class Publisher(Endpoint):
         self._sequences: dict[str, int] = {}
         self._subscriptions: dict[bytes, None] = {}
         self._is_heard: dict[str, bool] = {}
+        self._looked_at = 0.0
+        self._since_look = 0
         self._logged: set[str] = set()
 
     def publish(self, message: Message) -> bool:
@@ -78,8 +81,7 @@ class Publisher(Endpoint):
         sequence = self._sequences.get(topic, 0)
         # every attempt takes a number, so that what is lost here shows as a gap there
         self._sequences[topic] = sequence + 1
-        self._read_subscriptions(socket)
-        if not self._heard(topic):
+        if not self._listened_to(socket, topic):
             self.stats.unheard += 1
             return False
         try:
@@ -114,6 +116,24 @@ class Publisher(Endpoint):
             if self._heard(topic) or left_ms <= 0:
                 break
             socket.poll(left_ms, zmq.POLLIN)
+        return self._heard(topic)
+
+    def _listened_to(self, socket: zmq.Socket[bytes], topic: str) -> bool:
+        """Whether somebody subscribes to the topic, having looked at the socket as seldom as is right.
+
+        A look takes as long as sending. It is due where nobody was heard so far; after a millisecond, because
+        somebody may have gone; and well before a queue can fill, because ZeroMQ also learns in it how far the
+        readers have read.
+        """
+        now = time.monotonic()
+        self._since_look += 1
+        if (
+            self._since_look * 16 > self.config.high_water_mark
+            or now - self._looked_at > _LOOK_S
+            or not self._heard(topic)
+        ):
+            self._looked_at, self._since_look = now, 0
+            self._read_subscriptions(socket)
         return self._heard(topic)
 
     def _read_subscriptions(self, socket: zmq.Socket[bytes]) -> None:

@@ -103,9 +103,10 @@ class Recorder:
         """Record a mark of the run itself."""
         self._event(record)
 
-    def signals(self, signals: list[HealthSignal]) -> None:
+    def signals(self, signals: Sequence[HealthSignal]) -> None:
         """Publish the health signals of one sampled step as one message."""
-        self.publish(SignalBatch(self.run_id, self.step, self.epoch, signals, time.time()))
+        if self._publisher is not None:
+            self.publish(SignalBatch.of(self.run_id, self.step, self.epoch, signals, time.time()))
 
     def timing(self, step_latency_ms: float, probe_latency_ms: float) -> None:
         """Publish what one sampled step and its probes took."""

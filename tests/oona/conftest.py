@@ -38,6 +38,7 @@ def make_batch():  # type: ignore[no-untyped-def]
     def make(
         step: int = 0, layers: tuple[str, ...] = ("net.fc1", "net.fc2"), run_id: str = "r"
     ) -> SignalBatch:
-        return SignalBatch(run_id, step, 1, [make_signal(layer, step=step) for layer in layers], float(step))
+        signals = [make_signal(layer, step=step) for layer in layers]
+        return SignalBatch.of(run_id, step, 1, signals, float(step))
 
     return make

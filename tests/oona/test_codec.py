@@ -90,9 +90,9 @@ def test_malformed_headers(data: bytes) -> None:
 
 def test_a_signal_out_of_range_spoils_its_batch(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch()
-    bad = msgspec.structs.replace(batch.signals[0], health_score=2.0)
-    with pytest.raises(MessageError, match=r"<= 1\.0"):
-        decode(encode(msgspec.structs.replace(batch, signals=[bad])))
+    bad = msgspec.structs.replace(batch.signals[1], health_score=2.0)
+    with pytest.raises(MessageError, match=r"health_score in \[0, 1\], got 2 for layer 'net\.fc2'"):
+        decode(encode(SignalBatch.of("r", 1, 1, [batch.signals[0], bad], 1.0)))
 
 
 @settings(deadline=None, max_examples=300)
@@ -117,7 +117,7 @@ def _mutations() -> st.SearchStrategy[list[tuple[int, int]]]:
 @settings(deadline=None, max_examples=500)
 @given(changes=_mutations(), cut=st.integers(0, 400))
 def test_damaged_frames_give_a_message_or_a_message_error(changes: list[tuple[int, int]], cut: int) -> None:
-    data = bytearray(encode(SignalBatch("r", 1, 1, [], 1.0)) + encode(RECORD))
+    data = bytearray(encode(SignalBatch.of("r", 1, 1, [], 1.0)) + encode(RECORD))
     data = bytearray(encode(RECORD)) if cut % 2 else data
     for position, value in changes:
         data[position % len(data)] = value
