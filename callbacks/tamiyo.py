@@ -148,6 +148,7 @@ class TamiyoCallback(L.Callback):
             "host_parameters": ledger.host_parameters,
             "training_flops": ledger.training_flops,
             "scoring_flops": ledger.scoring_flops,
+            "measuring_flops": ledger.measuring_flops,
             "num_samples": ledger.num_samples,
             "seeds_germinated": ledger.germinated,
             "seeds_fossilized": ledger.fossilized,
@@ -436,7 +437,8 @@ class TamiyoCallback(L.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         path = Path(self.config.journal) if self.config.journal else folder / "growth.jsonl"
         self._journal = None
-        if self.config.policy != "off" or self.config.journal:
+        growing = self.config.policy != "off"
+        if self.config.journal or (growing and not trainer.fast_dev_run):  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path)
             if self._restored is not None:

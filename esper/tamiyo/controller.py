@@ -104,7 +104,7 @@ class Controller:
             self.health[signal.layer_id if not signal.seed_id else f"{signal.layer_id}/{signal.seed_id}"] = (
                 signal
             )
-        self.recorder.signals(list(signals))
+        self.recorder.signals(signals)
 
     def request(self, decision: Decision) -> None:
         """Ask for ``decision`` at the next safe point; it is vetted like any other."""
@@ -209,7 +209,7 @@ class Controller:
         batches = self.run.held_out()
         if not batches:
             return None
-        self.ledger.charge_scoring(float(self.body.flops * sum(batch.num_samples for batch in batches)))
+        self.ledger.charge_measurement(float(self.body.flops * sum(batch.num_samples for batch in batches)))
         return mean_loss(self.body, batches)
 
     def _score(self, names: Sequence[str], size: int, step: int) -> dict[str, SiteScore]:
@@ -308,7 +308,7 @@ class Controller:
         report = recycle_layer(
             self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
         )
-        self.ledger.charge_scoring(float(self.body.flops * sum(batch.num_samples for batch in batches)))
+        self.ledger.charge_measurement(float(self.body.flops * sum(batch.num_samples for batch in batches)))
         if not report.units:
             raise GrowthError(
                 f"no unit of layer {decision.site!r} is dormant, so there is nothing to recycle"
@@ -346,7 +346,7 @@ class Controller:
             )
         start = closed_form_start(found.A, found.B, found.G, seed.size, generator=self.generator)
         init_widen_closed_form(branch, start.weight_in, start.bias_in)
-        self.ledger.charge_scoring(
+        self.ledger.charge_measurement(
             estimate_flops(
                 self.body,
                 [seed.site],

@@ -127,7 +127,7 @@ class Gatekeeper:
         state.facts["held_out_loss"] = measured.loss_on
         state.facts["measured_at_age"] = float(state.stage_age_steps)
         samples = sum(batch.num_samples for batch in batches)
-        self._ledger.charge_scoring(2.0 * self._body.flops * samples)
+        self._ledger.charge_measurement(2.0 * self._body.flops * samples)
 
     def _batches(self) -> Sequence[LossOnBatch]:
         return list(self._run.held_out()) or [self._run.recent()]
@@ -164,7 +164,7 @@ class Gatekeeper:
             seed.observing = True
             self._batches()[0]()
             seen, seed.observing, seed.observed = seed.observed, False, None
-        self._ledger.charge_scoring(float(self._body.flops * self._batches()[0].num_samples))
+        self._ledger.charge_measurement(float(self._body.flops * self._batches()[0].num_samples))
         if seen is None:
             return math.inf
         largest = float(seen[0].abs().max())

@@ -30,6 +30,7 @@ class Ledger:
         self.training_flops = 0.0
         self.host_training_flops = 0.0
         self.scoring_flops = 0.0
+        self.measuring_flops = 0.0
         self.num_samples = 0
         self.germinated = 0
         self.fossilized = 0
@@ -47,8 +48,13 @@ class Ledger:
         self.host_training_flops += 3.0 * self.host_flops * num_samples
 
     def charge_scoring(self, flops: float) -> None:
-        """Charge the scoring of sites, or a measurement with a seed on and off."""
+        """Charge the scoring of sites, which has a budget of its own (:meth:`may_score`)."""
         self.scoring_flops += flops
+        self.training_flops += flops
+
+    def charge_measurement(self, flops: float) -> None:
+        """Charge any other pass over held-out batches: for a gate, a birth or a recycled layer."""
+        self.measuring_flops += flops
         self.training_flops += flops
 
     def may_score(self, flops: float, step: int, total_steps: int) -> bool:
