@@ -64,7 +64,7 @@ class Tokens(L.LightningDataModule):
         return DataLoader(self.data, batch_size=32, shuffle=True, **self.options)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.data, batch_size=160, **self.options)
+        return DataLoader(self.data, batch_size=160)
 
 
 class Script(L.Callback):
