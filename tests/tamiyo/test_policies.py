@@ -504,14 +504,34 @@ def test_recycling_starts_above_its_threshold(dormancy: float, fires: bool) -> N
 def test_recycling_waits_for_its_cooldown_and_for_a_fresh_measurement() -> None:
     policy = make_policy("expressivity", num_events=0, recycle_cooldown_steps=100)
 
-    def actions(fraction: float, measured: int) -> list[str]:
-        signals = {"fc1": health("fc1", 0.5, measured)}
+    def actions(fraction: float, measured: int, dormancy: float = 0.5) -> list[str]:
+        signals = {"fc1": health("fc1", dormancy, measured)}
         return [d.action for d in policy.decide(make_state(mlp(UNIFORM), fraction=fraction, health=signals))]
 
     assert actions(0.1, 90) == ["recycle"]
     assert actions(0.15, 140) == ["wait"]  # too early
     assert actions(0.25, 95) == ["wait"]  # nothing was measured since
+    assert actions(0.22, 215, dormancy=0.1) == ["wait"]  # the fresh units are awake
     assert actions(0.25, 240) == ["recycle"]
+
+
+def test_recycling_in_vain_doubles_the_cooldown() -> None:
+    policy = make_policy("expressivity", num_events=0, recycle_cooldown_steps=100)
+
+    def actions(fraction: float, measured: int, dormancy: float = 0.5) -> list[str]:
+        signals = {"fc1": health("fc1", dormancy, measured)}
+        return [d.action for d in policy.decide(make_state(mlp(UNIFORM), fraction=fraction, health=signals))]
+
+    assert actions(0.1, 90) == ["recycle"]
+    assert actions(0.25, 240) == ["wait"]  # asleep again: 200 steps now
+    resumed = make_policy("expressivity", num_events=0, recycle_cooldown_steps=100)
+    resumed.load_state_dict(policy.state_dict())
+    policy = resumed
+    assert actions(0.31, 300) == ["recycle"]
+    assert actions(0.55, 540) == ["wait"]  # in vain twice: 400 steps
+    assert actions(0.72, 710) == ["recycle"]
+    assert actions(0.75, 740, dormancy=0.1) == ["wait"]  # this time they stay awake: 100 steps again
+    assert actions(0.83, 820) == ["recycle"]
 
 
 def test_layers_that_cannot_be_recycled_are_not_asked_for() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from esper.kasmina.activations import is_elementwise
-from esper.messages import Decision
+from esper.messages import Decision, HealthSignal
 
 if TYPE_CHECKING:
     from esper.tamiyo.state import GrowthState
@@ -22,6 +22,9 @@ class Recycler:
     Growth does not bring back plasticity; recycling does, and dormancy is the signal that leads
     (GROWTH.md §9: above .30 recycling was never harmful in five settings).
 
+    A layer whose fresh units are asleep again when it is next measured does not need them: each such
+    recycling in a row doubles its cooldown.
+
     Args:
         policy: Name for the decisions.
         threshold: Dormancy above which a layer is recycled.
@@ -33,16 +36,22 @@ class Recycler:
         self.threshold = threshold
         self.cooldown_steps = cooldown_steps
         self._last: dict[str, int] = {}
+        self._in_vain: dict[str, int] = {}
+        self._judged: dict[str, int] = {}
 
     def decide(self, state: GrowthState) -> list[Decision]:
         """One decision for each layer that is dormant, rested, and measured since it was last recycled."""
         decisions = []
         for layer in state.topology.layer_names:
             signal = state.health.get(layer)
-            if signal is None or signal.dormancy <= self.threshold or not _recyclable(state, layer):
+            if signal is None:
+                continue
+            self._judge(layer, signal)
+            if not self._asleep(signal) or not _recyclable(state, layer):
                 continue
             last = self._last.get(layer)
-            if last is not None and (state.step - last < self.cooldown_steps or signal.step <= last):
+            cooldown_steps = self.cooldown_steps * 2 ** self._in_vain.get(layer, 0)
+            if last is not None and (state.step - last < cooldown_steps or signal.step <= last):
                 continue
             self._last[layer] = state.step
             decisions.append(
@@ -58,6 +67,7 @@ class Recycler:
                         "dead_neuron_ratio": signal.dead_neuron_ratio,
                         "effective_rank": signal.effective_rank,
                         "measured_at_step": signal.step,
+                        "in_vain": self._in_vain.get(layer, 0),
                     },
                 )
             )
@@ -65,11 +75,25 @@ class Recycler:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"last": dict(self._last)}
+        return {"last": dict(self._last), "in_vain": dict(self._in_vain), "judged": dict(self._judged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take on what :meth:`state_dict` returned."""
         self._last = dict(state["last"])
+        self._in_vain = dict(state["in_vain"])
+        self._judged = dict(state["judged"])
+
+    def _asleep(self, signal: HealthSignal) -> bool:
+        # 3 of 10 units are not more than .3, whatever rounding makes of the quotient.
+        return signal.dormancy > self.threshold + 1e-6
+
+    def _judge(self, layer: str, signal: HealthSignal) -> None:
+        """At the first measurement after a recycling: did the fresh units stay awake?"""
+        last = self._last.get(layer)
+        if last is None or signal.step <= last or self._judged.get(layer) == last:
+            return
+        self._judged[layer] = last
+        self._in_vain[layer] = self._in_vain.get(layer, 0) + 1 if self._asleep(signal) else 0
 
 
 def _recyclable(state: GrowthState, name: str) -> bool:
