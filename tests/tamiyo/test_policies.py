@@ -509,9 +509,9 @@ def test_recycling_waits_for_its_cooldown_and_for_a_fresh_measurement() -> None:
         return [d.action for d in policy.decide(make_state(mlp(UNIFORM), fraction=fraction, health=signals))]
 
     assert actions(0.1, 90) == ["recycle"]
-    assert actions(0.15, 140) == ["wait"]  # too early
+    assert actions(0.15, 140, dormancy=0.1) == ["wait"]  # the fresh units are awake
+    assert actions(0.18, 170) == ["wait"]  # too early
     assert actions(0.25, 95) == ["wait"]  # nothing was measured since
-    assert actions(0.22, 215, dormancy=0.1) == ["wait"]  # the fresh units are awake
     assert actions(0.25, 240) == ["recycle"]
 
 
