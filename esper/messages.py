@@ -128,7 +128,7 @@ class SignalBatch(msgspec.Struct, tag="signals", frozen=True, dict=True):
         from esper.signal_table import SignalTable  # imports NumPy
 
         table = SignalTable.of(signals)
-        return cls(run_id, step, epoch, table.ids, bytes(table.columns), timestamp)
+        return cls(run_id, step, epoch, table.ids, table.columns, timestamp)
 
     @cached_property
     def table(self) -> SignalTable:

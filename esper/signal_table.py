@@ -52,15 +52,15 @@ _RANGES = {
 """Float column -> smallest and largest value; NaN lies in none."""
 _COUNTS = ("chunk_id", "epoch", "step", "error_count", "active_seeds", "total_seeds")
 _FLAGS = ("is_ready_for_transition",)
-_FLOAT_BYTES, _COUNT_BYTES = 8 * len(_RANGES), 8 * len(_COUNTS)
-_PLACES: dict[str, tuple[int, int, int, str]] = {
-    **{name: (0, i, 8 * i, "d") for i, name in enumerate(_RANGES)},
-    **{name: (1, i, _FLOAT_BYTES + 8 * i, "Q") for i, name in enumerate(_COUNTS)},
-    **{name: (2, i, _FLOAT_BYTES + _COUNT_BYTES + i, "?") for i, name in enumerate(_FLAGS)},
+_PLACES: dict[str, tuple[int, int, str]] = {
+    **{name: (0, row, "d") for row, name in enumerate(_RANGES)},
+    **{name: (1, row, "Q") for row, name in enumerate(_COUNTS)},
+    **{name: (2, row, "?") for row, name in enumerate(_FLAGS)},
 }
-"""Column -> which of :func:`_views`, its row there, where it begins (in bytes a signal), code in struct."""
+"""Column, in the order of the wire -> which of :func:`_views`, its row there, its type's code in struct."""
 _NAMES = HealthSignal.__struct_fields__[2:]  # without the two ids
 _ORDER = [_PLACES[name][:2] for name in _NAMES]
+_FLOAT_BYTES, _COUNT_BYTES = 8 * len(_RANGES), 8 * len(_COUNTS)
 _SIGNAL_BYTES = _FLOAT_BYTES + _COUNT_BYTES + len(_FLAGS)
 assert set(_NAMES) == set(_PLACES), "HealthSignal and the columns of its table differ"
 
@@ -80,7 +80,7 @@ class SignalTable(Sequence[HealthSignal]):
         columns: the block of bytes that the module describes.
     """
 
-    def __init__(self, layer_ids: Sequence[str], seed_ids: Sequence[str], columns: bytes | bytearray) -> None:
+    def __init__(self, layer_ids: Sequence[str], seed_ids: Sequence[str], columns: bytes) -> None:
         assert len(columns) == _SIGNAL_BYTES * len(layer_ids), "a block of another number of signals"
         self.layer_ids = layer_ids
         self.seed_ids = seed_ids
@@ -129,28 +129,34 @@ class SignalTable(Sequence[HealthSignal]):
                 here: whoever reads the table does.
         """
         num = len(layer_ids)
-        columns = (
-            seed_ids, expressivity, ready, health, latency_ms, error_count, active_seeds, total_seeds,
-        )  # fmt: skip
-        if statistics.shape != (8, num) or any(len(column) != num for column in columns):
+        lengths = [
+            len(column)
+            for column in (
+                seed_ids, expressivity, ready, health, latency_ms, error_count, active_seeds, total_seeds,
+            )
+        ]  # fmt: skip
+        if statistics.shape != (8, num) or lengths != [num] * 8:
             raise MessageError(
                 f"expected {num} entries in every column of the signals and statistics [8, {num}], got "
-                f"{', '.join(str(len(column)) for column in columns)} and {list(statistics.shape)}"
+                f"{', '.join(map(str, lengths))} and {list(statistics.shape)}"
             )
-        block = bytearray(_SIGNAL_BYTES * num)
-        floats, counts, flags = _views(block, num)
         try:
-            floats[:8] = statistics
-            _packer(3 * num, "d").pack_into(block, 64 * num, *expressivity, *health, *latency_ms)
-            floats[11] = timestamp
-            counts[1] = epoch  # chunk_id, the row before, is 0
-            counts[2] = step
-            counts[3] = error_count
-            _packer(2 * num, "Q").pack_into(block, _FLOAT_BYTES * num + 32 * num, *active_seeds, *total_seeds)
-            flags[:] = np.frombuffer(bytes(ready), _FLAG)
+            columns = b"".join(
+                (
+                    np.asarray(statistics, _FLOAT).tobytes(),
+                    _packer(3 * num, "d").pack(*expressivity, *health, *latency_ms),
+                    _packer(1, "d").pack(timestamp) * num,
+                    bytes(8 * num),  # chunk_id: a signal is of a whole layer
+                    _packer(1, "Q").pack(epoch) * num,
+                    _packer(1, "Q").pack(step) * num,
+                    np.asarray(error_count, _COUNT).tobytes(),
+                    _packer(2 * num, "Q").pack(*active_seeds, *total_seeds),
+                    bytes(ready),
+                )
+            )
         except (ValueError, TypeError, OverflowError, struct_error) as error:
             raise MessageError(f"expected numbers in every column of the signals, but: {error}") from error
-        return cls(layer_ids, seed_ids, block)
+        return cls(layer_ids, seed_ids, columns)
 
     @classmethod
     def of(cls, signals: Sequence[HealthSignal]) -> SignalTable:
@@ -162,19 +168,19 @@ class SignalTable(Sequence[HealthSignal]):
         if isinstance(signals, SignalTable):
             return signals
         num = len(signals)
-        block = bytearray(_SIGNAL_BYTES * num)
         if not num:
-            return cls((), (), block)
-        layer_ids, seed_ids, *columns = zip(*map(msgspec.structs.astuple, signals), strict=True)
-        for name, column in zip(_NAMES, columns, strict=True):
-            begin, code = _PLACES[name][2:]
+            return cls((), (), b"")
+        fields = zip(*map(msgspec.structs.astuple, signals), strict=True)
+        values = dict(zip(HealthSignal.__struct_fields__, fields, strict=True))
+        columns = b""
+        for name, (_, _, code) in _PLACES.items():
             try:
-                _packer(num, code).pack_into(block, begin * num, *column)
+                columns += _packer(num, code).pack(*values[name])
             except struct_error as error:
                 raise MessageError(
                     f"expected numbers of its type in the field {name} of the signals, but: {error}"
                 ) from error
-        return cls(layer_ids, seed_ids, block)
+        return cls(values["layer_id"], values["seed_id"], columns)
 
     @classmethod
     def read(cls, ids: bytes, columns: bytes) -> SignalTable:
@@ -212,7 +218,7 @@ class SignalTable(Sequence[HealthSignal]):
 
     @cached_property
     def _rows(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        return _views(bytes(self.columns), len(self.layer_ids))
+        return _views(self.columns, len(self.layer_ids))
 
     def column(self, name: str) -> NDArray[Any]:
         """One numeric field of all signals: ``[n]`` float64, uint64 or bool, read-only.
@@ -220,7 +226,7 @@ class SignalTable(Sequence[HealthSignal]):
         Raises:
             KeyError: no such column.
         """
-        rows, row, *_ = _PLACES[name]
+        rows, row, _ = _PLACES[name]
         column: NDArray[Any] = self._rows[rows][row]
         return column
 
@@ -261,7 +267,7 @@ class SignalTable(Sequence[HealthSignal]):
         return f"SignalTable({len(self)} signals of {len(set(self.layer_ids))} layers)"
 
 
-def _views(block: bytes | bytearray, num: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _views(block: bytes, num: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """The float columns, counts and flags in a block, one a row."""
     floats = np.frombuffer(block, _FLOAT, len(_RANGES) * num)
     counts = np.frombuffer(block, _COUNT, len(_COUNTS) * num, _FLOAT_BYTES * num)
