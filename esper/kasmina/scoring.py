@@ -74,6 +74,8 @@ def capture_rows(
             for name, capture in captures.items()
             if isinstance(capture.y, Tensor) and capture.y.requires_grad
         }
+        if not reached:
+            return {}
         grads = torch.autograd.grad(value, list(reached.values()), allow_unused=True)
     gradients = dict(zip(reached, grads, strict=True))
     found = {}
