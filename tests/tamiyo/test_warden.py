@@ -1,0 +1,124 @@
+"""The governor's answers carried out on a live model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loop import EAGER, RANK, WIDE, Loop
+
+from esper.errors import GrowthError
+from esper.messages import Decision, ErrorRecoveryEvent
+
+QUICK = {"check_interval_steps": 1, "min_checks": 3, "patience": 2, "embargo_steps": 9}
+HELD = EAGER | {"min_holding_steps": 200}
+
+
+def germinate(loop: Loop, site: str = WIDE, blueprint: str = "widen") -> None:
+    loop.controller.request(
+        Decision(action="germinate", site=site, blueprint=blueprint, size=2, reason="test", policy="test")
+    )
+
+
+def blow_up(loop: Loop, factor: float = 1e8) -> None:
+    with torch.no_grad():
+        for seed in loop.body.seeds:
+            for p in seed.parameters():
+                p.mul_(factor).add_(1.0)
+
+
+def test_the_newest_seed_goes_first_and_the_older_one_stays():
+    loop = Loop(governor=QUICK, lifecycle=HELD, lr=1e-3).run(5)
+    germinate(loop)
+    loop.run(3)
+    germinate(loop, RANK, "lowrank")
+    loop.run(3)
+    newest = loop.body.seeds[0] if loop.body.seeds[0].seed_id == "s2" else loop.body.seeds[1]
+    with torch.no_grad():
+        for p in newest.parameters():
+            p.mul_(1e4).add_(100.0)
+    loop.run(4)
+    (record,) = loop.interventions
+    assert (record.action, record.target) == ("cull", "s2")
+    assert record.measurements["loss"] > 4 * record.measurements["loss_median"]
+    assert [seed.seed_id for seed in loop.body.seeds] == ["s1"]
+    assert loop.controller.ledger.unavailable(RANK, loop.step).startswith("under embargo")
+    errors = [m for m in loop.sink.messages if isinstance(m, ErrorRecoveryEvent)]
+    assert [(m.kind, m.layer_id) for m in errors] == [("cull", "s2")]
+
+
+def test_a_rollback_brings_weights_optimizer_and_structure_back_bit_for_bit():
+    loop = Loop(governor=QUICK, lr=1e-3).run(5)
+    before = {name: value.clone() for name, value in loop.model.state_dict().items()}
+    germinate(loop)
+    loop.run(1)
+    kept = {name: value.clone() for name, value in loop.model.state_dict().items() if name in before}
+    loop.run(10)
+    assert loop.body.seeds[0].stage == "fossilized"
+    blow_up(loop)
+    step = loop.step
+    while not loop.interventions:
+        loop.run(1)
+    (record,) = loop.interventions
+    assert (record.action, record.target) == ("rollback", WIDE)
+    assert loop.step <= step + 2
+    assert loop.body.seeds == []
+    assert set(loop.model.state_dict()) == set(kept)
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    assert all(float(s["step"]) == 6 for s in loop.optimizers[0].state.values())
+    assert loop.controller.ledger.unavailable(WIDE, loop.step) == f"under embargo until step {loop.step + 9}"
+    loop.run(5)
+    assert loop.changes >= 2
+
+
+def test_nothing_is_adapted_while_the_run_is_not_known_to_be_well():
+    loop = Loop(governor=QUICK, lifecycle=HELD, lr=1e-3).run(5)
+    loop.controller.warden.note_loss(torch.tensor(1e6))
+    loop.controller.warden.inspect(6)
+    with pytest.raises(
+        GrowthError, match="the governor allows no adaptation now: the run is not known to be well"
+    ):
+        loop.controller.warden.before_adaptation(6, WIDE)
+
+
+def test_several_adaptations_between_two_steps_share_one_snapshot():
+    loop = Loop(governor=QUICK, lifecycle=HELD).run(4)
+    germinate(loop)
+    germinate(loop, RANK, "lowrank")
+    loop.run(1)
+    snapshot = loop.controller.warden.governor.snapshot
+    assert snapshot is not None
+    assert snapshot.step == 5
+    assert snapshot.site == WIDE
+    assert len(loop.body.seeds) == 2
+
+
+def test_gradients_of_seeds_are_not_the_hosts():
+    loop = Loop(governor=QUICK)
+    germinate(loop)
+    loop.run(2)
+    warden = loop.controller.warden
+    loop.train[0]().backward()
+    warden.note_gradients(loop.model.named_parameters())
+    host = [p for n, p in loop.model.named_parameters() if "esper_seeds" not in n]
+    assert float(warden._gradient_norm) == pytest.approx(
+        float(torch.nn.utils.get_total_norm([p.grad for p in host]))
+    )
+
+
+def test_checks_are_due_at_their_interval():
+    loop = Loop(governor=QUICK | {"check_interval_steps": 4})
+    assert [step for step in range(1, 13) if loop.controller.warden.wants_gradients(step)] == [4, 8, 12]
+
+
+def test_fresh_weights_are_judged_afresh():
+    loop = Loop(governor=QUICK).run(8)
+    germinate(loop)
+    loop.run(1)
+    warden = loop.controller.warden
+    assert warden.governor.snapshot is not None
+    warden.start_afresh()
+    warden.note_loss(torch.tensor(1e3))
+    warden.inspect(10)
+    assert loop.interventions == []
+    assert warden.halted == ""
