@@ -11,8 +11,18 @@ import pytest
 HEAVY = ("torch", "lightning", "hydra", "matplotlib", "sklearn", "numpy", "zmq", "rich")
 
 PUBLIC_NAMES = (
-    "Body", "EsperError", "GrowableMixin", "Seed", "TamiyoCallback", "__version__", "attach", "blueprint", "detach", "export", "load",
-)  # fmt: skip
+    "Body",
+    "EsperError",
+    "GrowableMixin",
+    "Seed",
+    "TamiyoCallback",
+    "__version__",
+    "attach",
+    "blueprint",
+    "detach",
+    "export",
+    "load",
+)
 
 
 def run_python(code: str) -> str:

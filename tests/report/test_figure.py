@@ -143,7 +143,9 @@ def test_smoothing_keeps_ends_and_skips_what_is_not_finite():
 
 def test_a_vanishing_training_loss_does_not_flatten_the_held_out_one():
     at = np.arange(50.0)
-    arm = ArmCurves("growth", loss=Series(at, 2.0 * np.exp(-at)), val_loss=Series(at, 0.5 + 1.5 * np.exp(-at)))
+    arm = ArmCurves(
+        "growth", loss=Series(at, 2.0 * np.exp(-at)), val_loss=Series(at, 0.5 + 1.5 * np.exp(-at))
+    )
     low, high = _draw([arm], [], None).axes[0].get_ylim()
     assert low == pytest.approx(0.05 / 1.2)
     assert high > 2.0
