@@ -11,18 +11,24 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def packages_on_disk() -> set[str]:
+def code_packages() -> set[str]:
     found = {"esper.callbacks", "esper.conf"}
-    for init in (ROOT / "esper").rglob("*.py"):
-        found.add(".".join(init.parent.relative_to(ROOT).parts))
+    for module in (ROOT / "esper").rglob("*.py"):
+        found.add(".".join(module.parent.relative_to(ROOT).parts))
     return found
 
 
+def config_packages() -> set[str]:
+    """Folders of the config below its root; they hold no Python, but setuptools counts them."""
+    folders = (path for path in (ROOT / "conf").rglob("*") if path.is_dir() and path.name != "__pycache__")
+    return {".".join(("esper", *folder.relative_to(ROOT).parts)) for folder in folders}
+
+
 def test_package_list_equals_the_folders() -> None:
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == code_packages() | config_packages()
 
 
-@pytest.mark.parametrize("package", sorted(packages_on_disk()))
+@pytest.mark.parametrize("package", sorted(code_packages()))
 def test_every_package_has_an_init(package: str) -> None:
     folders = PROJECT["tool"]["setuptools"]["package-dir"]
     folder = ROOT / folders.get(package, package.replace(".", "/"))
@@ -30,9 +36,13 @@ def test_every_package_has_an_init(package: str) -> None:
 
 
 def test_config_files_are_packaged() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["esper.conf"]
-    packaged = {path for pattern in patterns for path in (ROOT / "conf").glob(pattern)}
-    assert packaged == set((ROOT / "conf").rglob("*.yaml"))
+    assert PROJECT["tool"]["setuptools"]["package-data"]["*"] == ["*.yaml"]
+    others = [
+        path
+        for path in (ROOT / "conf").rglob("*")
+        if path.is_file() and path.suffix not in (".yaml", ".py", ".pyc")
+    ]
+    assert others == []
 
 
 def test_extras_that_messages_name_exist() -> None:
