@@ -6,38 +6,33 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import msgspec
-import torch
-from esper.callbacks.checks import check_optimizers, check_trainer
-from esper.callbacks.lightning_run import LightningRun, batch_size, random_state, set_random_state
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper.callbacks.checks import check_optimizers, check_trainer
+from esper.callbacks.guards import Guards
+from esper.callbacks.lightning_run import LightningRun, batch_size, random_state, set_random_state
+from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
 from esper.kasmina.body import Body
-from esper.kasmina.optimizer import group_names, reorder_groups, unwrap
+from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
 from esper.kasmina.sites import Site
-from esper.kasmina.step_guard import StepGuard
 from esper.kasmina.structure import follow_state_dict
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import Tracer
-from esper.messages import Decision, Event, HealthSignal, RunRecord
-from esper.oona import CommandInbox, Publisher
-from esper.report.journal import Journal
+from esper.messages import Decision, Event, HealthSignal
 from esper.tamiyo.config import TamiyoConfig, build_config
 from esper.tamiyo.controller import Controller
 from esper.tamiyo.policies import make_policy
-from esper.tamiyo.recorder import Recorder
 
 __all__ = ["TamiyoCallback"]
 
 _STATE_VERSION = 1
-_INBOX_INTERVAL_S = 0.05
 _WATCH_HORIZON = 10_000
 """Steps by which a watched run of unknown length is paced; nothing is decided then."""
 
@@ -86,17 +81,13 @@ class TamiyoCallback(L.Callback):
         self._body: Body | None = None
         self._controller: Controller | None = None
         self._probes: ProbeRunner | None = None
-        self._guards: dict[int, StepGuard] = {}
-        self._recorder: Recorder | None = None
-        self._journal: Journal | None = None
-        self._publisher: Publisher | None = None
-        self._inbox: CommandInbox | None = None
-        self._inbox_read_at = -math.inf
+        self._guards = Guards(self.config.birth_lr_multiplier)
+        self._records: Records | None = None
         self._requests: list[Decision] = []
-        self._newborn: dict[str, list[torch.nn.Parameter]] = {}
         self._last_step = 0
         self._steps_a_batch = 1
         self._evaluated = False
+        self._just_traced = False
         self._step_started = 0.0
 
     # ---------------------------------------------------------------- what a user calls
@@ -188,10 +179,14 @@ class TamiyoCallback(L.Callback):
         _ = self._run.total_steps  # a run whose length cannot be told is refused here, not after a batch
         same_run = 0 < self._last_step <= trainer.global_step
         self._last_step = trainer.global_step
-        self._open(trainer)
-        for optimizer in self._run.optimizers:
-            self._guards[id(optimizer)] = StepGuard(optimizer)
         restored, self._restored = self._restored, None
+        self._records = Records(
+            self.config,
+            self.run_id,
+            trainer,
+            self.listeners,
+            resumed_at=None if restored is None else trainer.global_step,
+        )
         if restored is not None:
             topology = msgspec.convert(restored["topology"], ModelTopology) if restored["topology"] else None
             if topology is not None:
@@ -199,7 +194,7 @@ class TamiyoCallback(L.Callback):
                 assert self._controller is not None
                 self._controller.load_state_dict(restored["controller"])
                 self._steps_a_batch = restored["steps_a_batch"]
-                self._scale_births()
+                self._follow_seeds()
             self._requests = [
                 msgspec.convert(item, Decision) for item in restored["requests"]
             ] + self._requests
@@ -210,7 +205,7 @@ class TamiyoCallback(L.Callback):
             self._controller.follow(previous, same_run=same_run)
         if self._body is not None:
             self._check_evaluation()
-        self._mark("resume" if restored is not None else "start", trainer)
+        self._records.mark("resume" if restored is not None else "start", trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -232,23 +227,24 @@ class TamiyoCallback(L.Callback):
             tracer, self._tracer = self._tracer, None
             tracer.close()
             self._begin(pl_module, tracer.finish(loss))
+            self._just_traced = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take gradient norms before clipping, and keep isolated seeds out of it."""
-        if self._probes is not None:
+        if self._probes is not None and self._probes.active:
             self._probes.note_gradients()
         controller = self._controller
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it deals with inf by itself
         if (
             controller is not None
-            and not scaled
             and controller.warden.wants_gradients(trainer.global_step + 1)
+            and getattr(trainer.precision_plugin, "scaler", None) is None  # it deals with inf by itself
         ):
             controller.warden.note_gradients(pl_module.named_parameters())
-        if self._body is not None:
-            self._protect(trainer, self._guards[id(unwrap(optimizer))])
+        if self._body is not None and self._body.seeds:
+            self._follow_seeds()  # one may have been put there by hand in the middle of a step
+            self._guards.protect(trainer, optimizer, self._body.seeds)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,17 +264,23 @@ class TamiyoCallback(L.Callback):
         self._steps_a_batch = step - self._last_step
         self._last_step = step
         self._check_evaluation()
+        self._tell_sites(trainer)
         self._finish_probe(trainer)
         for decision in self._requests:
             controller.request(decision)
         self._requests.clear()
-        self._take_commands(controller)
+        assert self._records is not None
+        for command in self._records.commands():
+            controller.request(command.decision)
         controller.safe_point(step, trainer.current_epoch)
-        self._scale_births()
+        self._follow_seeds()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the records."""
-        self._mark("end", trainer)
+        if self._records is not None:
+            size_and_cost = {} if self._body is None else self.summary()
+            finite = {name: value for name, value in size_and_cost.items() if math.isfinite(value)}
+            self._records.mark("end", trainer, **finite)
         self._close()
 
     def on_exception(
@@ -286,16 +288,8 @@ class TamiyoCallback(L.Callback):
     ) -> None:
         """Leave no hook, socket or open file behind."""
         self._drop_tracer()
-        if self._recorder is not None:
-            self._recorder.run(
-                RunRecord(
-                    self.run_id,
-                    "note",
-                    trainer.global_step,
-                    {"exception": type(exception).__name__},
-                    time.time(),
-                )
-            )
+        if self._records is not None:
+            self._records.note(trainer, exception=type(exception).__name__)
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -347,13 +341,14 @@ class TamiyoCallback(L.Callback):
     def _begin(self, module: L.LightningModule, topology: ModelTopology) -> None:
         """Attach to the traced model and start the loop."""
         assert self._run is not None
-        assert self._recorder is not None
+        assert self._records is not None
+        recorder = self._records.recorder
         self._body = Body(module, topology, seed=self.config.seed)
         policy = make_policy(self.config.policy, **self.config.policy_options)
-        self._controller = Controller(self.config, self._body, self._run, policy, self._recorder)
+        self._controller = Controller(self.config, self._body, self._run, policy, recorder)
         self._probes = ProbeRunner(self._body)
         self._evaluated = False
-        self._recorder.num_parameters = self._body.num_parameters
+        recorder.num_parameters = self._body.num_parameters
 
     def _check_evaluation(self) -> None:
         """Give up sites that validation would not see; once, between steps: a pass within one would change
@@ -361,9 +356,20 @@ class TamiyoCallback(L.Callback):
         """
         assert self._body is not None
         assert self._run is not None
-        if not self._evaluated and self.config.policy != "off" and self._run.held_out():
+        if self._evaluated or self.config.policy == "off":
+            return
+        if self._run.held_out():
             self._body.check_evaluation(self._run.held_out()[0])
         self._evaluated = True
+
+    def _tell_sites(self, trainer: L.Trainer) -> None:
+        """Write down, once a run, where seeds can attach and which layers were left out for what reason."""
+        assert self._body is not None
+        assert self._records is not None
+        if self._just_traced and self.config.policy != "off":
+            sites = [site.name for site in self._body.sites]
+            self._records.note(trainer, sites=sites, refused=self._body.refused)
+        self._just_traced = False
 
     def _sampled(self, step: int) -> bool:
         """Whether the batch after optimizer step ``step`` is probed: at the interval, and for isolated seeds' gates.
@@ -379,41 +385,10 @@ class TamiyoCallback(L.Callback):
         isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(after)
         return isolating and any(seed.stage == "training" for seed in self._body.seeds)
 
-    def _take_commands(self, controller: Controller) -> None:
-        """Read the inbox; a person does not notice a twentieth of a second, a short step would notice the look."""
-        now = time.monotonic()
-        if self._inbox is None or now - self._inbox_read_at < _INBOX_INTERVAL_S:
-            return
-        self._inbox_read_at = now
-        for command in self._inbox.poll():
-            controller.request(command.decision)
-
-    def _protect(self, trainer: L.Trainer, guard: StepGuard) -> None:
-        """Keep the gradients of young seeds from reaching the host through clipping by total norm."""
+    def _follow_seeds(self) -> None:
         assert self._body is not None
-        if not self._body.seeds:
-            return
-        young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
-        isolated = [list(seed.parameters()) for seed in young if seed.stage == "training"]
-        felt = [p for seed in young if seed.stage != "training" for p in seed.parameters()]
-        if isolated:
-            by_value = trainer.gradient_clip_algorithm == "value"
-            guard.stash(isolated, clip=trainer.gradient_clip_val, algorithm="value" if by_value else "norm")
-        if felt:
-            guard.shield(felt)
-
-    def _scale_births(self) -> None:
-        """Give newborn parameters their own step size, until they are fossilised or gone."""
-        if self.config.birth_lr_multiplier == 1.0 or self._body is None:
-            return
-        young = {s.seed_id: list(s.parameters()) for s in self._body.seeds if s.stage != "fossilized"}
-        for guard in self._guards.values():
-            for seed_id, parameters in self._newborn.items():
-                if seed_id not in young:
-                    guard.forget(parameters)
-            for parameters in young.values():
-                guard.scale_updates(parameters, self.config.birth_lr_multiplier)
-        self._newborn = young
+        assert self._run is not None
+        self._guards.follow(self._run.optimizers, self._body.seeds)
 
     def _finish_probe(self, trainer: L.Trainer) -> None:
         probes, controller = self._probes, self._controller
@@ -424,59 +399,28 @@ class TamiyoCallback(L.Callback):
             step=trainer.global_step, epoch=trainer.current_epoch, ready=controller.gatekeeper.ready,
             scores=controller.scores,
         )  # fmt: skip
-        assert self._recorder is not None
-        self._recorder.step, self._recorder.epoch = trainer.global_step, trainer.current_epoch
+        recorder = controller.recorder
+        recorder.step, recorder.epoch = trainer.global_step, trainer.current_epoch
         controller.note_health(signals)
-        self._recorder.timing(step_ms, probes.latency_ms)
+        recorder.timing(step_ms, probes.latency_ms)
         if self.config.probes.log_health:
             figures = _health_metrics(signals)
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
 
-    def _open(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = Path(self.config.journal) if self.config.journal else folder / "growth.jsonl"
-        self._journal = None
-        growing = self.config.policy != "off"
-        if self.config.journal or (growing and not trainer.fast_dev_run):  # type: ignore[attr-defined]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(path)
-            if self._restored is not None:
-                self._journal.truncate_after(trainer.global_step)
-        if self.config.bus is not None:
-            self._publisher = Publisher(self.run_id, self.config.bus, run_dir=path.parent).open()
-            self._inbox = CommandInbox(self.run_id, self.config.bus, run_dir=path.parent).open()
-        self._recorder = Recorder(self.run_id, self._journal, self._publisher, self.listeners)
-
     def _close(self) -> None:
         self._drop_tracer()
         if self._probes is not None:
             self._probes.cancel()
-        for guard in self._guards.values():
-            guard.remove()
-        self._guards = {}
-        for resource in (self._inbox, self._publisher, self._journal):
-            if resource is not None:
-                resource.close()
-        self._inbox = self._publisher = self._journal = self._recorder = None
+        self._guards.remove()
+        if self._records is not None:
+            self._records.close()
+            self._records = None
 
     def _drop_tracer(self) -> None:
         if self._tracer is not None:
             self._tracer.close()
             self._tracer = None
-
-    def _mark(self, event: str, trainer: L.Trainer) -> None:
-        assert self._recorder is not None
-        info: dict[str, Any] = {
-            "policy": self.config.policy,
-            "seed": self.config.seed,
-            "torch": str(torch.__version__),
-            "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters()),
-        }
-        if event == "end" and self._controller is not None:
-            info |= {name: value for name, value in self.summary().items() if math.isfinite(value)}
-        record = RunRecord(self.run_id, event, trainer.global_step, info, time.time())  # type: ignore[arg-type]
-        self._recorder.run(record)
 
 
 def _loss(outputs: Any) -> Tensor | None:

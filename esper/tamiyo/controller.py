@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,26 +13,18 @@ import torch
 from torch import Tensor
 
 from esper.errors import ConfigError, EsperError, GrowthError
-from esper.kasmina.blueprints import get_blueprint, make_branch
-from esper.kasmina.blueprints.dense import init_widen_closed_form
-from esper.kasmina.blueprints.units import HiddenUnits
 from esper.kasmina.body import Body
-from esper.kasmina.closed_form import closed_form_start
-from esper.kasmina.expressivity import SiteScore
-from esper.kasmina.layer import SEEDS
 from esper.kasmina.renewal import recycle_layer
-from esper.kasmina.scoring import capture_rows, estimate_flops, score_sites
 from esper.kasmina.seed import Seed
-from esper.kasmina.sites import Site
-from esper.kasmina.structure import build_context
-from esper.messages import CacheHitRates, Decision, HealthSignal, ModelPerformance
+from esper.messages import Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.evaluation import mean_loss
 from esper.tamiyo.gatekeeper import Gatekeeper
-from esper.tamiyo.host_run import HostRun, LossOnBatch
+from esper.tamiyo.host_run import HostRun
 from esper.tamiyo.ledger import Ledger
 from esper.tamiyo.recorder import Recorder
-from esper.tamiyo.snapshot import renew_optimizer_state
+from esper.tamiyo.retraining import Retraining
+from esper.tamiyo.scorer import Scorer
 from esper.tamiyo.state import GrowthState, Policy, SeedView, SiteView
 from esper.tamiyo.vetting import refusal
 from esper.tamiyo.warden import Warden
@@ -66,28 +58,22 @@ class Controller:
         self.warden = Warden(config.governor, body, run, self.ledger, self.gatekeeper, recorder)
         self.health: dict[str, HealthSignal] = {}
         self.pending: list[Decision] = []
-        self.retrained = False
-        self._scores: dict[str, float] = {}
-        self._score_cache: dict[tuple[int, tuple[str, ...], int], dict[str, SiteScore]] = {}
-        self._cache_hits = self._cache_misses = 0
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
         self._next_decision = 0
         self._total_steps = run.total_steps
-        self._host_start = (
-            {
-                name: value.detach().clone()
-                for name, value in body.model.state_dict().items()
-                if isinstance(value, Tensor)
-            }
-            if config.finish == "retrain"
-            else None
-        )
+        self._scorer = Scorer(config, body, run, self.ledger, recorder, self.generator)
+        self._retraining = Retraining(body, run, config.seed) if config.finish == "retrain" else None
 
     @property
     def scores(self) -> dict[str, float]:
         """Last whitened expressivity into each layer, by name."""
-        return self._scores
+        return self._scorer.last
+
+    @property
+    def retrained(self) -> bool:
+        """Whether the found shape has been started afresh."""
+        return self._retraining is not None and self._retraining.done
 
     def note_batch(self, loss: Tensor | None, num_samples: int) -> None:
         """Take note of one batch of training (several may make one optimizer step)."""
@@ -136,8 +122,7 @@ class Controller:
                 self._decide(step, epoch)
             self._publish_performance(step, epoch)
             self._loss_sum, self._loss_count = 0.0, 0
-        if self._retrain_due(step):
-            self._retrain(step)
+        self._retrain_if_due(step)
         if self._structure() != before:
             self.run.structure_changed()
 
@@ -149,7 +134,7 @@ class Controller:
             or step >= self._next_decision
             or self.config.governor.check_due(step)
             or self.ledger.embargoes
-            or self._host_start is not None
+            or (self._retraining is not None and not self._retraining.done)
         )
 
     def _structure(self) -> list[str]:
@@ -201,7 +186,7 @@ class Controller:
             tokens_per_parameter=tokens / max(1, ledger.host_parameters),
             transformer=body.topology.transformer,
             cost=body.cost,
-            score=lambda names, size: self._score(names, size, step),
+            score=functools.partial(self._scorer.score, step=step, total_steps=self._total_steps),
             generator=self.generator,
         )
 
@@ -211,65 +196,6 @@ class Controller:
             return None
         self.ledger.charge_measurement(float(self.body.flops * sum(batch.num_samples for batch in batches)))
         return mean_loss(self.body, batches)
-
-    def _score(self, names: Sequence[str], size: int, step: int) -> dict[str, SiteScore]:
-        key = (step, tuple(names), size)
-        if key in self._score_cache:
-            self._cache_hits += 1
-            return self._score_cache[key]
-        self._cache_misses += 1
-        sites = [self.body.site(name) for name in names]
-        _, loss, samples = self._batches()
-        sites, rows, permutations, price = self._affordable(sites, samples, step)
-        scores = score_sites(
-            self.body,
-            loss,
-            sites,
-            size=size,
-            generator=self.generator,
-            max_samples=rows,
-            num_permutations=permutations,
-        )
-        self.ledger.charge_scoring(price)
-        for site in sites:
-            if site.name in scores:
-                self._scores[site.target] = scores[site.name].score
-        self._score_cache = {key: scores}
-        self.recorder.publish(
-            CacheHitRates(self.recorder.run_id, step, self._cache_hits, self._cache_misses, time.time())
-        )
-        return scores
-
-    def _affordable(
-        self, sites: Sequence[Site], samples: int, step: int
-    ) -> tuple[list[Site], int, int, float]:
-        """The best precision that its share of the run's FLOPs allows; then the cheapest sites alone.
-
-        Raises:
-            GrowthError: Not even one site can be scored.
-        """
-        most = self.config.probes.max_samples
-        chosen = list(sites)
-        price = 0.0
-        while chosen:
-            for rows, permutations in (
-                (most, 16),
-                (most // 2, 16),
-                (most // 2, 8),
-                (most // 4, 8),
-                (most // 4, 4),
-            ):
-                rows = max(2, rows)
-                price = estimate_flops(
-                    self.body, chosen, samples, max_samples=rows, num_permutations=permutations
-                )
-                if self.ledger.may_score(price, step, self._total_steps):
-                    return chosen, rows, permutations, price
-            chosen.remove(max(chosen, key=lambda site: (math.prod(site.source_shape), site.name)))
-        raise GrowthError(
-            f"scoring a single site would cost {price:.3g} FLOPs, more than max_scoring_fraction="
-            f"{self.config.budget.max_scoring_fraction:g} of the run's training leaves"
-        )
 
     def _carry_out(self, decision: Decision, step: int, epoch: int) -> None:
         reason = refusal(
@@ -304,7 +230,7 @@ class Controller:
 
     def _recycle(self, decision: Decision, step: int) -> Decision:
         self.warden.before_adaptation(step, decision.site)
-        batches = self._batches()[0]
+        batches = self._scorer.batches()[0]
         report = recycle_layer(
             self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
         )
@@ -323,7 +249,7 @@ class Controller:
         seed = self.body.germinate(decision.site, decision.blueprint, size)
         try:
             if self.config.widen_start == "closed_form" and seed.blueprint in ("widen", "conv_widen"):
-                self._compute_start(seed)
+                self._scorer.compute_start(seed)
             self.body.register(*self.run.optimizers)
             self.ledger.note_germination(seed.site.name, step, epoch)
             self.gatekeeper.born(seed)
@@ -332,39 +258,6 @@ class Controller:
                 self.body.cull(seed, self.run.optimizers)
             raise
         return seed
-
-    def _compute_start(self, seed: Seed) -> None:
-        """Point new hidden units at what the loss gradient misses at their site."""
-        branch = seed.branch
-        assert isinstance(branch, HiddenUnits)
-        _, loss, samples = self._batches()
-        rows = capture_rows(self.body, loss, [seed.site], max_samples=self.config.probes.max_samples)
-        found = rows.get(seed.site.name)
-        if found is None:
-            raise GrowthError(
-                f"closed-form start at {seed.site.name}: no gradient reaches the site; use widen_start='random'"
-            )
-        start = closed_form_start(found.A, found.B, found.G, seed.size, generator=self.generator)
-        init_widen_closed_form(branch, start.weight_in, start.bias_in)
-        self.ledger.charge_measurement(
-            estimate_flops(
-                self.body,
-                [seed.site],
-                samples,
-                max_samples=self.config.probes.max_samples,
-                num_permutations=0,
-            )
-        )
-
-    def _batches(self) -> tuple[list[LossOnBatch], Callable[[], Tensor], int]:
-        """The held-out batches (the last training batch where there are none), their mean loss, their size."""
-        batches = list(self.run.held_out()) or [self.run.recent()]
-        samples = sum(batch.num_samples for batch in batches)
-
-        def loss() -> Tensor:
-            return torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples
-
-        return batches, loss, samples
 
     def _publish_performance(self, step: int, epoch: int) -> None:
         loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
@@ -376,36 +269,12 @@ class Controller:
             )
         )  # fmt: skip
 
-    def _retrain_due(self, step: int) -> bool:
-        if self._host_start is None or self.retrained:
-            return False
-        over = step / max(1, self._total_steps) > self.config.window[1]
-        return over and all(seed.stage == "fossilized" for seed in self.body.seeds)
-
-    def _retrain(self, step: int) -> None:
-        """Start the found shape afresh: initial host weights, ordinary initialisation of what was grown."""
-        assert self._host_start is not None
-        with torch.no_grad():
-            live = self.body.model.state_dict()
-            for name, value in self._host_start.items():
-                if name in live and SEEDS not in name.split("."):
-                    live[name].copy_(value)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.config.seed)
-            for seed in self.body.seeds:
-                context = build_context(self.body.model, seed.site, seed.record.output_projections)
-                fresh = make_branch(
-                    get_blueprint(seed.blueprint), context, seed.size, device=torch.device("cpu")
-                )
-                for module in fresh.modules():
-                    reset = getattr(module, "reset_parameters", None)
-                    if callable(reset):
-                        reset()
-                seed.branch.load_state_dict(fresh.state_dict())
-        renew_optimizer_state(self.body.model, self.run.optimizers, None)
+    def _retrain_if_due(self, step: int) -> None:
+        retraining = self._retraining
+        if retraining is None or not retraining.due(step / max(1, self._total_steps), self.config.window[1]):
+            return
+        retraining.apply()
         self.warden.start_afresh()
-        self.retrained = True
-        self._host_start = None
         reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"
         self.recorder.decision(Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True)
 
@@ -436,10 +305,9 @@ class Controller:
             "next_decision": self._next_decision,
             "loss_sum": float(self._loss_sum),
             "loss_count": self._loss_count,
-            "scores": dict(self._scores),
+            "scores": dict(self._scorer.last),
             "health": {key: msgspec.to_builtins(signal) for key, signal in self.health.items()},
-            "retrained": self.retrained,
-            "host_start": self._host_start,
+            "retraining": None if self._retraining is None else self._retraining.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -453,10 +321,10 @@ class Controller:
         self.pending = [msgspec.convert(item, Decision) for item in state["pending"]]
         self._next_decision = int(state["next_decision"])
         self._loss_sum, self._loss_count = float(state["loss_sum"]), int(state["loss_count"])
-        self._scores = dict(state["scores"])
+        self._scorer.last = dict(state["scores"])
         self.health = {key: msgspec.convert(item, HealthSignal) for key, item in state["health"].items()}
-        self.retrained = bool(state["retrained"])
-        self._host_start = state["host_start"]
+        if self._retraining is not None and state["retraining"] is not None:
+            self._retraining.load_state_dict(state["retraining"])
 
 
 def _seed_view(seed: Seed) -> SeedView:

@@ -12,10 +12,10 @@ from typing import Any
 import lightning.pytorch as L
 import msgspec
 import torch
-from esper.callbacks import TamiyoCallback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from esper.callbacks import TamiyoCallback
 from esper.hosts import (
     ClassifierModule,
     CNNConfig,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
-from esper.callbacks import TamiyoCallback
 from runs import QUICK, Every, Script, decisions, fit, growing, mlp, trainer
 
+from esper.callbacks import TamiyoCallback
 from esper.hosts import DigitsData
 
 WIDE = "bypass:host.layers.0->host.layers.1"

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from esper.callbacks import TamiyoCallback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from msgspec import structs
 from runs import (
@@ -33,6 +32,7 @@ from runs import (
     weights,
 )
 
+from esper.callbacks import TamiyoCallback
 from esper.errors import CheckpointError
 from esper.kasmina.structure import all_seeds
 from esper.messages import RunRecord
@@ -136,7 +136,7 @@ class Case:
             assert same(expected, self.state()) == []
             assert plain_lines(folder) == lines
             marks = [e.event for e in journal(folder) if isinstance(e, RunRecord)]
-            assert marks == ["start", "resume", "end"]
+            assert marks == ["start", "note", "resume", "end"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -271,6 +271,7 @@ def test_an_older_smaller_checkpoint_loads_into_the_grown_model_and_the_best_one
     fit(runner, module)  # what was tested in between is not taken up
     assert [e.event for e in journal(tmp_path) if isinstance(e, RunRecord)] == [
         "start",
+        "note",
         "end",
         "start",
         "end",

@@ -38,7 +38,7 @@ class Listening(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.subscriber = Subscriber(inproc_address(self.callback.run_id, "telemetry"))
-        assert self.callback._publisher.wait_for_subscriber(TOPICS["growth"], timeout_s=5)
+        assert self.callback._records._publisher.wait_for_subscriber(TOPICS["growth"], timeout_s=5)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.subscriber is not None

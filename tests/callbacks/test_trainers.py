@@ -9,13 +9,13 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from esper.callbacks import TamiyoCallback
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from runs import QUICK, Every, assert_registered, decisions, fit, growing, journal, mlp, trainer, transitions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from esper.callbacks import TamiyoCallback
 from esper.errors import UnsupportedError
 from esper.hosts import DigitsData
 from esper.kasmina.structure import all_seeds
@@ -289,3 +289,5 @@ def test_the_journal_begins_and_ends_with_marks_of_the_run(tmp_path):
     assert (first.event, last.event) == ("start", "end")
     assert first.info["policy"] == "schedule"
     assert last.info["training_flops"] == callback.summary()["training_flops"]
+    (told,) = [e.info for e in journal(tmp_path) if isinstance(e, RunRecord) and "sites" in e.info]
+    assert told == {"sites": [site.name for site in callback.body.sites], "refused": {}}

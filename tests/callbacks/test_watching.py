@@ -8,12 +8,12 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from esper.callbacks import TamiyoCallback
 from lightning.pytorch.loggers import CSVLogger
 from runs import Tokens, cnn, decisions, differing, fit, gpt, growing, mlp, trainer, weights
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from esper.callbacks import TamiyoCallback
 from esper.hosts import DigitsData
 from esper.kasmina.layer import SeedLayer
 from esper.messages import DecisionRecord

@@ -1,0 +1,90 @@
+"""Everything that a run writes down or sends: journal, bus, listeners."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+
+from esper.messages import Command, Event, RunRecord
+from esper.oona import CommandInbox, Publisher
+from esper.report.journal import Journal
+from esper.tamiyo.config import TamiyoConfig
+from esper.tamiyo.recorder import Recorder
+
+__all__ = ["Records"]
+
+_INBOX_INTERVAL_S = 0.05
+
+
+class Records:
+    """The open journal and the open bus of one ``fit``, and the recorder that feeds them.
+
+    Args:
+        config: Where the journal goes, and the bus.
+        run_id: Of the run.
+        trainer: Gives the folder.
+        listeners: Called with every event.
+        resumed_at: Optimizer steps of the checkpoint that is continued; what the journal says of later
+            ones is dropped, because it will be said again. None for a new run.
+    """
+
+    def __init__(
+        self,
+        config: TamiyoConfig,
+        run_id: str,
+        trainer: L.Trainer,
+        listeners: Sequence[Callable[[Event], None]],
+        *,
+        resumed_at: int | None,
+    ) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = Path(config.journal) if config.journal else folder / "growth.jsonl"
+        growing = config.policy != "off"
+        self._config = config
+        self._run_id = run_id
+        self._journal: Journal | None = None
+        self._publisher: Publisher | None = None
+        self._inbox: CommandInbox | None = None
+        self._inbox_read_at = float("-inf")
+        if config.journal or (growing and not trainer.fast_dev_run):  # type: ignore[attr-defined]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(path)
+            if resumed_at is not None:
+                self._journal.truncate_after(resumed_at)
+        if config.bus is not None:
+            self._publisher = Publisher(run_id, config.bus, run_dir=path.parent).open()
+            self._inbox = CommandInbox(run_id, config.bus, run_dir=path.parent).open()
+        self.recorder = Recorder(run_id, self._journal, self._publisher, listeners)
+
+    def commands(self) -> list[Command]:
+        """What has come in; a person does not notice a twentieth of a second, a short step would notice the look."""
+        now = time.monotonic()
+        if self._inbox is None or now - self._inbox_read_at < _INBOX_INTERVAL_S:
+            return []
+        self._inbox_read_at = now
+        return self._inbox.poll()
+
+    def mark(self, event: Literal["start", "resume", "end"], trainer: L.Trainer, **info: Any) -> None:
+        """Record begin, continuation or end of the run."""
+        facts = {
+            "policy": self._config.policy,
+            "seed": self._config.seed,
+            "torch": str(torch.__version__),
+            "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters()),
+        }
+        self.recorder.run(RunRecord(self._run_id, event, trainer.global_step, {**facts, **info}, time.time()))
+
+    def note(self, trainer: L.Trainer, **info: Any) -> None:
+        """Record plain facts."""
+        self.recorder.run(RunRecord(self._run_id, "note", trainer.global_step, info, time.time()))
+
+    def close(self) -> None:
+        """Close journal and bus."""
+        for resource in (self._inbox, self._publisher, self._journal):
+            if resource is not None:
+                resource.close()

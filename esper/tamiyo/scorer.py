@@ -1,0 +1,148 @@
+"""Scores and computed starts at the precision that a run's FLOPs allow, charged to its books."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from esper.errors import GrowthError
+from esper.kasmina.blueprints.dense import init_widen_closed_form
+from esper.kasmina.blueprints.units import HiddenUnits
+from esper.kasmina.body import Body
+from esper.kasmina.closed_form import closed_form_start
+from esper.kasmina.expressivity import SiteScore
+from esper.kasmina.scoring import capture_rows, estimate_flops, score_sites
+from esper.kasmina.seed import Seed
+from esper.kasmina.sites import Site
+from esper.messages import CacheHitRates
+from esper.tamiyo.config import TamiyoConfig
+from esper.tamiyo.host_run import HostRun, LossOnBatch
+from esper.tamiyo.ledger import Ledger
+from esper.tamiyo.recorder import Recorder
+
+__all__ = ["Scorer"]
+
+_PRECISIONS = ((1, 16), (2, 16), (2, 8), (4, 8), (4, 4))
+"""What is tried in turn: divisor of the rows, permutations of the null."""
+
+
+class Scorer:
+    """Asks the held-out batches (the last training batch where there are none) where capacity is missing.
+
+    Args:
+        config: Limits of rows and FLOPs.
+        body: The host.
+        run: Gives the batches.
+        ledger: Charged.
+        recorder: Told how often a score was reused.
+        generator: Source of permutations and of random fan-in.
+    """
+
+    def __init__(
+        self,
+        config: TamiyoConfig,
+        body: Body,
+        run: HostRun,
+        ledger: Ledger,
+        recorder: Recorder,
+        generator: torch.Generator,
+    ) -> None:
+        self.last: dict[str, float] = {}
+        """Last whitened expressivity into each layer, by name."""
+        self._config = config
+        self._body = body
+        self._run = run
+        self._ledger = ledger
+        self._recorder = recorder
+        self._generator = generator
+        self._cache: dict[tuple[int, tuple[str, ...], int], dict[str, SiteScore]] = {}
+        self._hits = self._misses = 0
+
+    def score(self, names: Sequence[str], size: int, *, step: int, total_steps: int) -> dict[str, SiteScore]:
+        """Score bypass sites for ``size`` units; asking twice at one step costs once.
+
+        Raises:
+            GrowthError: An unknown site, or not even one can be scored for the FLOPs that are left.
+        """
+        key = (step, tuple(names), size)
+        if key in self._cache:
+            self._hits += 1
+            return self._cache[key]
+        self._misses += 1
+        _, loss, samples = self.batches()
+        wanted = [self._body.site(name) for name in names]
+        sites, rows, permutations, price = self._affordable(wanted, samples, step, total_steps)
+        scores = score_sites(
+            self._body,
+            loss,
+            sites,
+            size=size,
+            generator=self._generator,
+            max_samples=rows,
+            num_permutations=permutations,
+        )
+        self._ledger.charge_scoring(price)
+        for site in sites:
+            if site.name in scores:
+                self.last[site.target] = scores[site.name].score
+        self._cache = {key: scores}
+        self._recorder.publish(
+            CacheHitRates(self._recorder.run_id, step, self._hits, self._misses, time.time())
+        )
+        return scores
+
+    def compute_start(self, seed: Seed) -> None:
+        """Point new hidden units at what the loss gradient misses at their site (GROWTH.md §2).
+
+        Raises:
+            GrowthError: No gradient reaches the site.
+        """
+        branch = seed.branch
+        assert isinstance(branch, HiddenUnits)
+        _, loss, samples = self.batches()
+        most = self._config.probes.max_samples
+        found = capture_rows(self._body, loss, [seed.site], max_samples=most).get(seed.site.name)
+        if found is None:
+            raise GrowthError(
+                f"closed-form start at {seed.site.name}: no gradient reaches the site; use widen_start='random'"
+            )
+        start = closed_form_start(found.A, found.B, found.G, seed.size, generator=self._generator)
+        init_widen_closed_form(branch, start.weight_in, start.bias_in)
+        self._ledger.charge_measurement(
+            estimate_flops(self._body, [seed.site], samples, max_samples=most, num_permutations=0)
+        )
+
+    def batches(self) -> tuple[list[LossOnBatch], Callable[[], Tensor], int]:
+        """The batches to measure on, their mean loss, and how many samples they hold."""
+        batches = list(self._run.held_out()) or [self._run.recent()]
+        samples = sum(batch.num_samples for batch in batches)
+
+        def loss() -> Tensor:
+            return torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples
+
+        return batches, loss, samples
+
+    def _affordable(
+        self, sites: Sequence[Site], samples: int, step: int, total_steps: int
+    ) -> tuple[list[Site], int, int, float]:
+        """The best precision that the share of the run's FLOPs allows; then the cheapest sites alone."""
+        most = self._config.probes.max_samples
+        chosen = list(sites)
+        price = 0.0
+        while chosen:
+            for divisor, permutations in _PRECISIONS:
+                rows = max(2, most // divisor)
+                price = estimate_flops(
+                    self._body, chosen, samples, max_samples=rows, num_permutations=permutations
+                )
+                if self._ledger.may_score(price, step, total_steps):
+                    return chosen, rows, permutations, price
+            chosen.remove(max(chosen, key=lambda site: (math.prod(site.source_shape), site.name)))
+        raise GrowthError(
+            f"scoring a single site would cost {price:.3g} FLOPs, more than max_scoring_fraction="
+            f"{self._config.budget.max_scoring_fraction:g} of the run's training leaves"
+        )
