@@ -167,10 +167,40 @@ def test_moments_are_reset_there_and_nowhere_else(name: str, kind: str) -> None:
                 assert value == before[key]
                 continue
             expected = parameter.detach() if key == "ax" else torch.full_like(value, fresh.get(key, 0.0))
+            if key in ("exp_avg_sq", "max_exp_avg_sq") and mask.any():
+                expected = torch.full_like(value, float(before[key][~mask].mean()))
             torch.testing.assert_close(value, torch.where(mask, expected, before[key]), rtol=0, atol=0)
             count += bool(mask.any())
     assert report.num_states == count > 0
     optimizer.step()  # the state is still valid
+
+
+def test_fresh_units_take_steps_of_the_usual_size() -> None:
+    """Zero second moments under an old step count would make Adam's first steps several times too large."""
+    model, _, _, x = network("linear")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (model(x) - 1.0).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(2000):
+        step()
+    recycle(
+        model[0],
+        [Consumer(model[2])],
+        DORMANT,
+        activations_of(model, x),
+        generator=generator(),
+        optimizers=[optimizer],
+    )
+    largest = 0.0
+    for _ in range(10):
+        before = model[2].weight.detach().clone()
+        step()
+        largest = max(largest, float((model[2].weight.detach() - before)[:, DORMANT].abs().max()))
+    assert 0 < largest < 3e-3
 
 
 def test_an_optimizer_without_state_or_with_other_parameters_is_left_alone() -> None:
