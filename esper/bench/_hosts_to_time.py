@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from esper.hosts import CNNConfig, GPTConfig, HostConfig, MLPConfig, build_host
 
-__all__ = ["HOSTS", "Batches", "TimedModule", "make_batch"]
+__all__ = ["HOSTS", "Batches", "TimedModule", "loaders", "make_batch"]
 
 HOSTS: dict[str, tuple[HostConfig, int]] = {
     "mlp": (MLPConfig(in_features=128, hidden=(128,) * 5), 64),
-    "cnn": (CNNConfig(in_channels=1, widths=(16, 32, 32), strides=(2, 1, 2)), 64),
+    "cnn": (CNNConfig(in_channels=1, widths=(8, 16, 16), strides=(2, 1, 2)), 64),
     "gpt": (GPTConfig(d_model=64, depth=2, context=64), 8),
 }
 """Host -> its config and its batch size: a six-layer MLP, three convolutions on 28 x 28, two blocks."""

@@ -53,7 +53,7 @@ class Stream:
     seed: int
     lr: float
     num_tasks: int = 30
-    steps: int = 200
+    steps: int = 250
     batch_size: int = 32
     width: int = 32
     pool: Literal["tune", "report"] = "report"
@@ -110,18 +110,12 @@ class _StreamRun:
 class _Recycler:
     """The policy's rule at work in a plain loop: ``expressivity`` without growth events."""
 
-    _INTERVAL = 50
-
     def __init__(self, model: nn.Module, example: Tensor, optimizer: Optimizer, stream: Stream) -> None:
-        total = stream.num_tasks * stream.steps
         config = build_config(
-            policy="expressivity",
-            policy_options={"num_events": 0},
-            seed=stream.seed,
-            bus=None,
-            probes={"interval_steps": self._INTERVAL, "decision_interval": self._INTERVAL / total},
+            policy="expressivity", policy_options={"num_events": 0}, seed=stream.seed, bus=None
         )
-        self._run = _StreamRun([optimizer], total)
+        self._interval = config.probes.interval_steps
+        self._run = _StreamRun([optimizer], stream.num_tasks * stream.steps)
         body: Body = attach(model, example, seed=stream.seed)
         policy = make_policy(config.policy, **config.policy_options)
         self._controller = Controller(config, body, self._run, policy, Recorder("bench-shift"))
@@ -133,7 +127,7 @@ class _Recycler:
         return self._controller.ledger.recycled
 
     def before_forward(self, step: int) -> None:
-        if step % self._INTERVAL == 0:
+        if step % self._interval == 0:
             self._probes.begin()
 
     def before_step(self, step: int, model: nn.Module) -> None:

@@ -26,8 +26,8 @@ TARGETS: dict[str, tuple[str, float]] = {
     "drift_recycle_over_continue_abs": ("<=", 0.2),
 }
 
-LR = 3e-3
-STEPS = 200
+LR = 1e-2
+STEPS = 250
 
 
 def run(

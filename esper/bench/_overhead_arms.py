@@ -1,0 +1,138 @@
+"""The runs that ``esper bench overhead`` compares: one host, trained plainly, watched, or ready to grow."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from esper.bench._hosts_to_time import HOSTS, TimedModule, loaders
+from esper.bench._turns import Fit, Turn
+from esper.callbacks import TamiyoCallback
+
+__all__ = ["ARMS", "HORIZON_STEPS", "EmptyCallback", "make_fit", "peak_memory_mb", "quiet"]
+
+HORIZON_STEPS = 10_000
+"""Length that each run announces: decision points lie 2 % of it apart, 200 steps, as sampled steps do."""
+
+
+class EmptyCallback(L.Callback):
+    """Overrides the hooks that :class:`TamiyoCallback` uses and does nothing: what Lightning itself charges."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Nothing."""
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Nothing."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Nothing."""
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing."""
+
+
+ARMS: dict[str, Callable[[], list[L.Callback]]] = {
+    "without": lambda: [],
+    "again": lambda: [],
+    "empty": lambda: [EmptyCallback()],
+    "attached": lambda: [TamiyoCallback(policy_options={"num_events": 0})],
+    "watching": lambda: [TamiyoCallback(policy="off")],
+    "probes_off": lambda: [TamiyoCallback(policy="off", probes={"interval_steps": 0})],
+}
+"""Arm -> its callbacks. ``attached`` is the default callback with all it does but germinate."""
+
+
+def quiet() -> None:
+    """Keep Lightning's advice out of the output."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+
+
+def make_fit(
+    host: str, callbacks: Callable[[], list[L.Callback]], *, logger: Any = False, watch: Any = None
+) -> Fit:
+    """Return what trains ``host`` under a :class:`~esper.bench._turns.Turn`.
+
+    Args:
+        host: Of :data:`HOSTS`.
+        callbacks: Makes the arm's callbacks.
+        logger: Lightning's.
+        watch: Called with the module before training, if given.
+    """
+
+    def fit(turn: Turn) -> None:
+        _train(host, [turn, *callbacks()], num_steps=HORIZON_STEPS, logger=logger, watch=watch)
+
+    return fit
+
+
+def _train(host: str, callbacks: list[L.Callback], *, num_steps: int, logger: Any, watch: Any) -> None:
+    config, batch_size = HOSTS[host]
+    torch.manual_seed(0)
+    module = TimedModule(config)
+    if watch is not None:
+        watch(module)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=logger,
+            callbacks=callbacks,
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, **loaders(config, batch_size, num_steps))
+
+
+def peak_memory_mb(task: tuple[str, str, int]) -> float:
+    """Train ``(host, arm, steps)`` in this process, fresh as it should be, and return its peak memory in MB."""
+    host, arm, num_steps = task
+    _train(host, ARMS[arm](), num_steps=num_steps, logger=False, watch=None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def wandb_fits(host: str, folder: Path, interval_steps: int) -> tuple[dict[str, Fit], Callable[[], None]]:
+    """Return three runs that log to one offline W&B run, and what ends it.
+
+    ``logger`` logs nothing, ``wandb`` is watched by ``watch(log="all")``, ``esper`` by the callback.
+
+    Raises:
+        ModuleNotFoundError: W&B is not installed.
+    """
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(
+        project="esper-bench", save_dir=folder, offline=True, settings=wandb.Settings(silent=True)
+    )
+    _ = logger.experiment  # started here, in the main thread
+
+    def watch(module: L.LightningModule) -> None:
+        logger.watch(module, log="all", log_freq=interval_steps, log_graph=False)
+
+    def watching() -> list[L.Callback]:
+        return [TamiyoCallback(policy="off", probes={"interval_steps": interval_steps})]
+
+    fits = {
+        "logger": make_fit(host, list, logger=logger),
+        "wandb": make_fit(host, list, logger=logger, watch=watch),
+        "esper": make_fit(host, watching, logger=logger),
+    }
+    return fits, wandb.finish
