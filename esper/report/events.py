@@ -55,6 +55,10 @@ def sentence(event: Event) -> Sentence:
             _GOVERNOR_VERBS[event.action],
             f"{target}(governor)" + _why(event.reason, event.measurements),
         )
+    elif event.event == "note" and "sites" in event.info:
+        refused = event.info.get("refused") or {}
+        left_out = f"; {len(refused)} layers left out" if refused else ""
+        verb, rest = "traced", f"the host: seeds can attach at {len(event.info['sites'])} sites{left_out}"
     else:
         facts = [
             f"{key} {value}" for key, value in event.info.items() if isinstance(value, str | int | float)

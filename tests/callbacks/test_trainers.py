@@ -19,6 +19,7 @@ from esper.callbacks import TamiyoCallback
 from esper.errors import UnsupportedError
 from esper.hosts import DigitsData
 from esper.kasmina.structure import all_seeds
+from esper.messages import RunRecord
 
 WIDE = "bypass:host.layers.0->host.layers.1"
 LONG = "bypass:host.layers.0->host.head"

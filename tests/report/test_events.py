@@ -49,6 +49,10 @@ def _germinate(**fields):
             "rolled back (governor) — loss exploded (loss inf)",
         ),
         (RunRecord("r", "start", 0, {"policy": "random", "sites": ["a"]}, 0.0), "started policy random"),
+        (
+            RunRecord("r", "note", 1, {"sites": ["a", "b"], "refused": {"c": "lazy"}}, 0.0),
+            "traced the host: seeds can attach at 2 sites; 1 layers left out",
+        ),
     ],
 )
 def test_one_sentence_an_event(event, text):
