@@ -51,7 +51,7 @@ class Turn(L.Callback):
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> int | None:
+    ) -> None:
         """Time the step that has ended; hand over to the next run when a block is complete."""
         now = time.thread_time()
         if batch_idx:
@@ -61,13 +61,12 @@ class Turn(L.Callback):
                 self.blocks.append(self._steps)
                 self._steps = []
             if self._abandoned or len(self.blocks) == self._num_blocks:
-                trainer.should_stop = True
-                return -1
+                trainer.should_stop = True  # after this one step
+                return
             self._done.put(None)
             self._go.acquire()
             now = time.thread_time()
         self._started = now
-        return None
 
     def run(self, fit: Fit) -> None:
         """Body of the thread."""

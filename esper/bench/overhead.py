@@ -68,8 +68,8 @@ def run(
         For each host ``H``: ``H_step_us`` without a callback; over it ``H_ratio`` with the default callback, which
         decides, and waits; ``H_watching_ratio`` with policy ``off``; ``H_probes_off_ratio`` with policy ``off`` and
         no sampled step; ``H_empty_ratio`` with a callback whose hooks do nothing; ``H_again_ratio``; each with
-        ``_low`` and ``_high``; ``H_memory_ratio`` and ``H_memory_mb``. With W&B, ``wandb_watch_us`` and
-        ``esper_watch_us``, what either adds to a step of the MLP at one sample in 50 steps.
+        ``_low`` and ``_high``; ``H_memory_ratio`` and ``H_memory_mb``. With W&B, for the MLP and a wide one,
+        ``H_wandb_watch_us`` and ``H_esper_watch_us``, what either adds to a step at one sample in 50 steps.
 
     Raises:
         ConfigError: An unknown host, or too few turns.
@@ -94,7 +94,8 @@ def run(
         for arm, name in _FIGURES.items():
             _ratio(figures, f"{host}_{name}", times, arm, "without")
     if wandb and find_spec("wandb") is not None:
-        figures |= _beside_wandb(num_blocks, block_steps)
+        for host in ("mlp", "wide"):
+            figures |= _beside_wandb(host, max(2, num_blocks // 2), block_steps)
     for host in hosts if memory_repeats else ():
         tasks = [
             (host, arm, 2 * BLOCK_STEPS) for arm in ("without", "attached") for _ in range(memory_repeats)
@@ -137,19 +138,20 @@ def _ratio(figures: dict[str, float], name: str, times: BlockTimes, arm: str, ba
     figures[f"{name}_low"], figures[f"{name}_high"] = (float(q) for q in np.quantile(ratios, [0.025, 0.975]))
 
 
-def _beside_wandb(num_blocks: int, block_steps: int) -> dict[str, float]:
-    """What watching costs on top of a run with the same logger."""
+def _beside_wandb(host: str, num_blocks: int, block_steps: int) -> dict[str, float]:
+    """What watching ``host`` costs on top of a run with the same logger."""
     from esper.bench._overhead_arms import wandb_fits
     from esper.bench._turns import time_in_turns
 
     with tempfile.TemporaryDirectory() as folder:
-        fits, finish = wandb_fits("mlp", Path(folder), _WANDB_INTERVAL)
+        fits, finish = wandb_fits(host, Path(folder), _WANDB_INTERVAL)
         try:
             times = time_in_turns(fits, block_steps=block_steps, num_blocks=num_blocks)
         finally:
             finish()
     base = typical_step_us(times["logger"])
     return {
-        "wandb_watch_us": typical_step_us(times["wandb"]) - base,
-        "esper_watch_us": typical_step_us(times["esper"]) - base,
+        f"{host}_logged_step_us": base,
+        f"{host}_wandb_watch_us": typical_step_us(times["wandb"]) - base,
+        f"{host}_esper_watch_us": typical_step_us(times["esper"]) - base,
     }
