@@ -27,6 +27,11 @@ class Guards:
         self._guards: dict[int, StepGuard] = {}
         self._newborn: dict[str, list[nn.Parameter]] = {}
 
+    @property
+    def mounted(self) -> bool:
+        """Whether the optimizers' steps are hooked."""
+        return bool(self._guards)
+
     def follow(self, optimizers: Sequence[Optimizer], seeds: Sequence[Seed]) -> None:
         """Hook the optimizers when the first seed is there, and scale the steps of newborn parameters."""
         if not self._guards and seeds:

@@ -388,7 +388,8 @@ class TamiyoCallback(L.Callback):
     def _follow_seeds(self) -> None:
         assert self._body is not None
         assert self._run is not None
-        self._guards.follow(self._run.optimizers, self._body.seeds)
+        if self._body.seeds or self._guards.mounted:  # else every step would ask for the optimizers
+            self._guards.follow(self._run.optimizers, self._body.seeds)
 
     def _finish_probe(self, trainer: L.Trainer) -> None:
         probes, controller = self._probes, self._controller
