@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from esper.kasmina.structure import (
 )
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import preserved, trace
+from esper.messages import HealthSignal
 
 __all__ = ["Body", "attach", "detach"]
 
@@ -52,6 +53,7 @@ class Body:
         self.seed = seed
         self.sites = find_sites(model, topology)
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
+        self._health: Sequence[HealthSignal] = ()
         self._costs: dict[tuple[str, str, int], Cost] = {}
         self._index = SeedIndex()
         self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
@@ -205,6 +207,17 @@ class Body:
     def manifest(self) -> list[SeedState]:
         """The record of every seed: all of it but the weights."""
         return [seed.state for seed in self.seeds]
+
+    def health(self) -> list[HealthSignal]:
+        """The health of each layer and seed on the last sampled step; empty before the first.
+
+        The callback samples by itself; in a loop of one's own :class:`esper.kasmina.probes.ProbeRunner` does.
+        """
+        return list(self._health)
+
+    def keep_health(self, signals: Sequence[HealthSignal]) -> None:
+        """Remember what was measured on a sampled step."""
+        self._health = signals
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's own state dict."""

@@ -188,6 +188,7 @@ class ProbeRunner:
             total_seeds=[*map(len, of_layer), *(1 for _ in seeds)],
         )
         self.cancel()
+        self._body.keep_health(table)
         self.latency_ms += (time.perf_counter() - started) * 1e3
         return table
 

@@ -157,6 +157,8 @@ def test_scores_and_open_gates_are_handed_on():
     probes.begin()
     model(x).square().mean().backward()
     probes.note_gradients()
+    assert body.health() == []
     signals = probes.end(step=4, epoch=0, ready=[seed.seed_id], scores={"2": 1.5})
+    assert body.health() == list(signals)
     assert {s.layer_id: s.expressivity for s in signals if not s.seed_id} == {"0": 0.0, "2": 1.5, "4": 0.0}
     assert [s.is_ready_for_transition for s in signals] == [False, False, False, True]
