@@ -104,6 +104,15 @@ def peak_memory_mb(task: tuple[str, str, int]) -> float:
     """Train ``(host, arm, steps)`` in this process, fresh as it should be, and return its peak memory in MB."""
     host, arm, num_steps = task
     _train(host, ARMS[arm](), num_steps=num_steps, logger=False, watch=None)
+    return _peak_mb()
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss is no use on Linux: a child starts with its parent's peak
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1e3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 

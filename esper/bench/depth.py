@@ -25,7 +25,7 @@ TITLE = "Depth: a GPT grown from 2 to 6 blocks, 6 blocks from scratch, and 2 alo
 TARGETS: dict[str, tuple[str, float]] = {"grown_minus_deep": ("<=", -0.11)}
 """What was measured before (GROWTH.md §5, §8): -.11 to -.18 nats."""
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 _TUNING_SEED = 1_000
 
 
