@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import msgspec
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.callbacks.checks import check_optimizers, check_trainer
@@ -19,6 +19,7 @@ from esper.callbacks.lightning_run import LightningRun, batch_size, random_state
 from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
 from esper.kasmina.body import Body
+from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
 from esper.kasmina.sites import Site
@@ -81,6 +82,7 @@ class TamiyoCallback(L.Callback):
         self._body: Body | None = None
         self._controller: Controller | None = None
         self._probes: ProbeRunner | None = None
+        self._host_parameters: list[tuple[str, nn.Parameter]] = []
         self._guards = Guards(self.config.birth_lr_multiplier)
         self._records: Records | None = None
         self._requests: list[Decision] = []
@@ -217,7 +219,7 @@ class TamiyoCallback(L.Callback):
             self._tracer = Tracer(pl_module)
             self._tracer.__enter__()
             return
-        if self._probes is not None and not self._probes.active and self._sampled(trainer.global_step):
+        if self._probes is not None and not self._probes.active and self._sampled(self._last_step):
             self._step_started = time.perf_counter()
             self._probes.begin()
 
@@ -238,10 +240,10 @@ class TamiyoCallback(L.Callback):
         controller = self._controller
         if (
             controller is not None
-            and controller.warden.wants_gradients(trainer.global_step + 1)
+            and controller.warden.wants_gradients(self._last_step + self._steps_a_batch)
             and getattr(trainer.precision_plugin, "scaler", None) is None  # it deals with inf by itself
         ):
-            controller.warden.note_gradients(pl_module.named_parameters())
+            controller.warden.note_gradients(self._host_parameters)
         if self._body is not None and self._body.seeds:
             self._follow_seeds()  # one may have been put there by hand in the middle of a step
             self._guards.protect(trainer, optimizer, self._body.seeds)
@@ -347,6 +349,8 @@ class TamiyoCallback(L.Callback):
         policy = make_policy(self.config.policy, **self.config.policy_options)
         self._controller = Controller(self.config, self._body, self._run, policy, recorder)
         self._probes = ProbeRunner(self._body)
+        # Listed once: walking a module's names takes longer than what is asked of them.
+        self._host_parameters = [(n, p) for n, p in module.named_parameters() if SEEDS not in n.split(".")]
         self._evaluated = False
         recorder.num_parameters = self._body.num_parameters
 
