@@ -68,7 +68,8 @@ def run(
         For each host ``H``: ``H_step_us`` without a callback; over it ``H_ratio`` with the default callback, which
         decides, and waits; ``H_watching_ratio`` with policy ``off``; ``H_probes_off_ratio`` with policy ``off`` and
         no sampled step; ``H_empty_ratio`` with a callback whose hooks do nothing; ``H_again_ratio``; each with
-        ``_low`` and ``_high``; ``H_memory_ratio`` and ``H_memory_mb``. With W&B, for the MLP and a wide one,
+        ``_low`` and ``_high``; ``H_memory_ratio``, ``H_memory_mb`` and
+        ``H_memory_added_mb``. With W&B, for the MLP and a wide one,
         ``H_wandb_watch_us`` and ``H_esper_watch_us``, what either adds to a step at one sample in 50 steps.
 
     Raises:
@@ -108,6 +109,7 @@ def run(
         without, attached = min(peaks[:memory_repeats]), min(peaks[memory_repeats:])
         figures[f"{host}_memory_ratio"] = attached / without
         figures[f"{host}_memory_mb"] = without
+        figures[f"{host}_memory_added_mb"] = attached - without
     if out:
         options: dict[str, Any] = {"hosts": list(hosts), "num_blocks": num_blocks, "block_steps": block_steps}
         write_record(out, benchmark="overhead", options=options, figures=figures, runs=[])
