@@ -70,7 +70,9 @@ def run(
         no sampled step; ``H_empty_ratio`` with a callback whose hooks do nothing; ``H_again_ratio``; each with
         ``_low`` and ``_high``; ``H_memory_ratio``, ``H_memory_mb`` and
         ``H_memory_added_mb``. With W&B, for the MLP and a wide one,
-        ``H_wandb_watch_us`` and ``H_esper_watch_us``, what either adds to a step at one sample in 50 steps.
+        ``H_wandb_watch_us`` and ``H_esper_watch_us``, what either adds to a step at one sample in 50 steps, and
+        ``H_wandb_sample_ms`` and ``H_esper_sample_ms``, what a sampled step takes longer than the others of its
+        run, which is the better known figure on the wide one.
 
     Raises:
         ConfigError: An unknown host, or too few turns.
@@ -152,8 +154,17 @@ def _beside_wandb(host: str, num_blocks: int, block_steps: int) -> dict[str, flo
         finally:
             finish()
     base = typical_step_us(times["logger"])
-    return {
-        f"{host}_logged_step_us": base,
-        f"{host}_wandb_watch_us": typical_step_us(times["wandb"]) - base,
-        f"{host}_esper_watch_us": typical_step_us(times["esper"]) - base,
-    }
+    figures = {f"{host}_logged_step_us": base}
+    for arm in ("wandb", "esper"):
+        figures[f"{host}_{arm}_watch_us"] = typical_step_us(times[arm]) - base
+        figures[f"{host}_{arm}_sample_ms"] = _sample_ms(times[arm], block_steps)
+    return figures
+
+
+def _sample_ms(blocks: Sequence[Sequence[float]], block_steps: int) -> float:
+    """What a sampled step takes longer than an ordinary one of the same run."""
+    import numpy as np
+
+    places = np.sort(np.quantile(np.asarray(blocks), 0.25, axis=0))
+    sampled = max(1, block_steps // _WANDB_INTERVAL)
+    return float(1e3 * (places[-sampled:].mean() - np.median(places)))
