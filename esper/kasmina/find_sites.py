@@ -12,7 +12,7 @@ from esper.kasmina.blueprints import fitting
 from esper.kasmina.sites import BuildContext, Site, site_name
 from esper.kasmina.topology import LayerInfo, ModelTopology
 
-__all__ = ["find_sites"]
+__all__ = ["context_of", "find_sites"]
 
 _DENSE = (nn.Linear, nn.Conv2d)
 _NORMS = (
@@ -110,7 +110,7 @@ def _next_dense(
                 continue
             path = ops + edge.ops
             if edge.target in dense:
-                same = type_of(model, start) is type_of(model, edge.target)
+                same = _type_of(model, start) is _type_of(model, edge.target)
                 if same:
                     found.append((edge.target, path, through))
             elif isinstance(model.get_submodule(edge.target), _NORMS):
@@ -118,7 +118,7 @@ def _next_dense(
     return found
 
 
-def type_of(model: nn.Module, name: str) -> type:
+def _type_of(model: nn.Module, name: str) -> type:
     """``nn.Linear`` or ``nn.Conv2d``, whichever layer ``name`` is a kind of."""
     layer = model.get_submodule(name)
     return next(cls for cls in _DENSE if isinstance(layer, cls))
