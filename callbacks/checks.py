@@ -1,6 +1,14 @@
-"""What growth cannot work with, refused before training starts."""
+"""What growth cannot work with, refused before training starts.
+
+Each subject is one function that looks at a :class:`Setup` and yields its conflicts; :data:`SUBJECTS` lists
+them. A new one is added there, and is then raised before training and shown by ``esper doctor`` alike.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import (
@@ -12,47 +20,85 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
-from esper.errors import EsperError, UnsupportedError
-from esper.kasmina.optimizer import check_optimizer
+from esper.errors import UnsupportedError
+from esper.kasmina.optimizer import refusal, unwrap
 
-__all__ = ["check_optimizers", "check_trainer"]
+__all__ = ["Conflict", "Setup", "check_optimizers", "check_trainer", "conflicts", "optimizer_conflicts"]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One thing that does not go together with growth.
+
+    Attributes:
+        what: The setting, named as the user wrote it.
+        why: What would go wrong.
+        way_out: What to do instead.
+        kind: ``"refused"`` stops the run before it starts; ``"warning"`` is only told.
+    """
+
+    what: str
+    why: str
+    way_out: str
+    kind: Literal["refused", "warning"] = "refused"
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}; {self.way_out}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a subject looks at: a trainer, the module that it will train, and the class of our callback."""
+
+    trainer: L.Trainer
+    module: L.LightningModule
+    callback_type: type[L.Callback]
+
+    @property
+    def callbacks(self) -> list[L.Callback]:
+        """The trainer's callbacks."""
+        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def conflicts(
+    trainer: L.Trainer, callback_type: type[L.Callback], module: L.LightningModule | None = None
+) -> list[Conflict]:
+    """Collect everything about a trainer's settings that does not go together with growth.
+
+    Args:
+        trainer: As the user configured it.
+        callback_type: The class of our callback.
+        module: The module to train; by default the one that the trainer holds.
+
+    Returns:
+        Refusals and warnings in the order of :data:`SUBJECTS`; empty if all goes together.
+    """
+    setup = Setup(trainer, module if module is not None else trainer.lightning_module, callback_type)
+    return [conflict for subject in SUBJECTS for conflict in subject(setup)]
+
+
+def optimizer_conflicts(optimizers: Iterable[Optimizer]) -> list[Conflict]:
+    """The optimizers that cannot take new parameters."""
+    found = []
+    for optimizer in optimizers:
+        if (refused := refusal(optimizer)) is not None:
+            why, way_out = refused
+            found.append(Conflict(f"the optimizer {type(unwrap(optimizer)).__name__}", f"it {why}", way_out))
+    return found
 
 
 def check_trainer(trainer: L.Trainer, callback_type: type[L.Callback]) -> None:
-    """Refuse a trainer whose settings cannot go together with growth.
+    """Refuse a trainer whose settings cannot go together with growth, and tell the warnings.
 
     Raises:
         UnsupportedError: All conflicts together, each with the way out.
     """
-    conflicts = []
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        conflicts.append(
-            f"the strategy {type(trainer.strategy).__name__}: seeds would differ between processes; train on one "
-            "device, or use policy='off' to watch only"
-        )
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            conflicts.append(
-                f"the callback {type(callback).__name__}: it pairs parameters by position, and would average a seed "
-                "with another layer; leave it out, or average after the last growth"
-            )
-    if sum(isinstance(callback, callback_type) for callback in callbacks) > 1:
-        conflicts.append(f"more than one {callback_type.__name__}: keep one")
-    module = trainer.lightning_module
-    if not module.automatic_optimization and not is_overridden("validation_step", module):
-        conflicts.append(
-            "manual optimization without a validation_step: a training step would train while it is measured; "
-            "return the loss from validation_step"
-        )
-    if conflicts:
-        raise UnsupportedError("growth cannot work with " + "; and with ".join(conflicts))
-    if trainer.ckpt_path and any(isinstance(c, (BatchSizeFinder, LearningRateFinder)) for c in callbacks):
-        rank_zero_warn(
-            "resuming with BatchSizeFinder or LearningRateFinder: Lightning restores neither the optimizers nor the "
-            "progress of the run then; remove the finder to continue where the checkpoint ends"
-        )
+    found = conflicts(trainer, callback_type)
+    _refuse([conflict for conflict in found if conflict.kind == "refused"])
+    for conflict in found:
+        rank_zero_warn(str(conflict))
 
 
 def check_optimizers(trainer: L.Trainer) -> None:
@@ -61,11 +107,70 @@ def check_optimizers(trainer: L.Trainer) -> None:
     Raises:
         UnsupportedError: All of them together.
     """
-    refused: list[str] = []
-    for optimizer in trainer.optimizers:
-        try:
-            check_optimizer(optimizer)
-        except EsperError as error:
-            refused.append(str(error))
+    _refuse(optimizer_conflicts(trainer.optimizers))
+
+
+def _refuse(refused: list[Conflict]) -> None:
     if refused:
-        raise UnsupportedError("; ".join(refused))
+        raise UnsupportedError("growth cannot work with " + "; and with ".join(map(str, refused)))
+
+
+# ---------------------------------------------------------------- one function a subject
+
+
+def _strategy(setup: Setup) -> Iterator[Conflict]:
+    if not isinstance(setup.trainer.strategy, SingleDeviceStrategy):
+        yield Conflict(
+            f"the strategy {type(setup.trainer.strategy).__name__}",
+            "seeds would differ between processes",
+            "train on one device, or use policy='off' to watch only",
+        )
+
+
+def _averaging(setup: Setup) -> Iterator[Conflict]:
+    for callback in setup.callbacks:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            yield Conflict(
+                f"the callback {type(callback).__name__}",
+                "it pairs parameters by position, and would average a seed with another layer",
+                "leave it out, or average after the last growth",
+            )
+
+
+def _one_grower(setup: Setup) -> Iterator[Conflict]:
+    if sum(isinstance(callback, setup.callback_type) for callback in setup.callbacks) > 1:
+        yield Conflict(
+            f"more than one {setup.callback_type.__name__}",
+            "each would take the other's seeds for layers of the host",
+            "keep one",
+        )
+
+
+def _manual_optimization(setup: Setup) -> Iterator[Conflict]:
+    if not setup.module.automatic_optimization and not is_overridden("validation_step", setup.module):
+        yield Conflict(
+            "manual optimization without a validation_step",
+            "a training step would train while it is measured",
+            "return the loss from validation_step",
+        )
+
+
+def _finders(setup: Setup) -> Iterator[Conflict]:
+    finders = [c for c in setup.callbacks if isinstance(c, (BatchSizeFinder, LearningRateFinder))]
+    if setup.trainer.ckpt_path and finders:
+        yield Conflict(
+            "resuming with BatchSizeFinder or LearningRateFinder",
+            "Lightning restores neither the optimizers nor the progress of the run then",
+            "remove the finder to continue where the checkpoint ends",
+            kind="warning",
+        )
+
+
+SUBJECTS: tuple[Callable[[Setup], Iterable[Conflict]], ...] = (
+    _strategy,
+    _averaging,
+    _one_grower,
+    _manual_optimization,
+    _finders,
+)
+"""Every subject that is looked at, in the order in which conflicts are told."""

@@ -21,6 +21,7 @@ __all__ = [
     "check_optimizer",
     "fill_momentum",
     "group_names",
+    "refusal",
     "register_parameters",
     "reorder_groups",
     "unregister_parameters",
@@ -46,25 +47,32 @@ def check_optimizer(optimizer: Any) -> None:
     Raises:
         UnsupportedError: It cannot work with growth; the message says what to use instead.
     """
-    optimizer = unwrap(optimizer)
-    name = type(optimizer).__name__
-    if isinstance(optimizer, LBFGS):
-        reason = "keeps one flat history over all parameters, which cannot grow; use AdamW or SGD"
-    elif isinstance(optimizer, SparseAdam):
-        reason = "takes sparse gradients only, and seeds have dense ones; use Adam"
-    elif any(base.__name__ in _SHARDED for base in type(optimizer).__mro__):
-        reason = (
-            "divides the parameters among processes once, so new ones would never be updated; "
-            "use the plain optimizer with DDP"
+    if (refused := refusal(optimizer)) is not None:
+        why, way_out = refused
+        raise UnsupportedError(
+            "growth needs an optimizer that accepts new parameters; "
+            f"{type(unwrap(optimizer)).__name__} {why}; {way_out}"
         )
-    elif isinstance(optimizer, SGD) and any(
+
+
+def refusal(optimizer: Any) -> tuple[str, str] | None:
+    """Why an optimizer, wrapped or not, cannot take new parameters, and what to do; None if it can."""
+    optimizer = unwrap(optimizer)
+    if isinstance(optimizer, LBFGS):
+        return "keeps one flat history over all parameters, which cannot grow", "use AdamW or SGD"
+    if isinstance(optimizer, SparseAdam):
+        return "takes sparse gradients only, and seeds have dense ones", "use Adam"
+    if any(base.__name__ in _SHARDED for base in type(optimizer).__mro__):
+        return (
+            "divides the parameters among processes once, so new ones would never be updated",
+            "use the plain optimizer with DDP",
+        )
+    if isinstance(optimizer, SGD) and any(
         group["fused"] and group["momentum"] and group["dampening"] for group in optimizer.param_groups
     ):
         # Its kernel wants a buffer from the start, and dampening treats a zero one unlike a missing one.
-        reason = "with fused=True, momentum and dampening cannot take a new parameter; set fused=False"
-    else:
-        return
-    raise UnsupportedError(f"growth needs an optimizer that accepts new parameters; {name} {reason}")
+        return "with fused=True, momentum and dampening cannot take a new parameter", "set fused=False"
+    return None
 
 
 def register_parameters(

@@ -164,7 +164,7 @@ def test_reduced_precision(precision, tmp_path):
 def test_lbfgs_is_refused_before_training_with_the_cure(tmp_path):
     module = mlp()
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
-    with pytest.raises(UnsupportedError, match=r"LBFGS keeps one flat history.*use AdamW or SGD"):
+    with pytest.raises(UnsupportedError, match=r"optimizer LBFGS: it keeps one flat history.*use AdamW or SGD"):
         fit(trainer(tmp_path, growing(tmp_path), NoTraining()), module)
 
 
