@@ -1,7 +1,7 @@
 """The seed layer: a host layer whose class was swapped in place so that it can carry seeds.
 
-A swap keeps parameters, buffers, hooks, state-dict keys, identity and ``isinstance``, and costs one
-attribute look-up a call while nothing grows (LIGHTNING.md §3). Assigning ``forward`` on the
+A swap keeps parameters, buffers, hooks, state-dict keys, identity and ``isinstance``, and costs a
+call nothing while nothing grows: the forward that runs is the host's own (LIGHTNING.md §3). Assigning ``forward`` on the
 instance would not do: a deepcopy would go on running the original's weights.
 """
 
@@ -104,20 +104,26 @@ class Slot:
 
 
 class SeedLayer:
-    """Mixin that :func:`swap_class` puts in front of a layer's own class."""
+    """Mixin that :func:`swap_class` puts in front of a layer's own class.
+
+    A layer at rest runs its own class's forward and pays nothing; one that has a slot is of a further
+    subclass (:class:`_Awake`) that runs it.
+    """
 
     _esper_slot: Slot | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        slot = self._esper_slot
-        if slot is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return slot.run(self, super().forward, args, kwargs)  # type: ignore[arg-type, misc]
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The swapped class has no importable name: rebuild it from the original on unpickling.
-        functional = isinstance(self, WeightSeedLayer)
-        return _rebuild, (base_class(self), functional), self.__getstate__()
+        kind = (isinstance(self, WeightSeedLayer), isinstance(self, _Awake))
+        return _rebuild, (base_class(self), *kind), self.__getstate__()
+
+
+class _Awake:
+    """Stands before :class:`SeedLayer` while the layer has a slot."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self._esper_slot  # type: ignore[attr-defined]
+        return slot.run(self, super().forward, args, kwargs)  # type: ignore[misc]
 
 
 class WeightSeedLayer(SeedLayer):
@@ -137,7 +143,7 @@ class WeightSeedLayer(SeedLayer):
         return value
 
 
-_CLASSES: dict[tuple[type, bool], type] = {}
+_CLASSES: dict[tuple[type, bool, bool], type] = {}
 
 
 def swap_class(layer: nn.Module, *, functional: bool = False) -> None:
@@ -149,7 +155,8 @@ def swap_class(layer: nn.Module, *, functional: bool = False) -> None:
     """
     if isinstance(layer, WeightSeedLayer) or (isinstance(layer, SeedLayer) and not functional):
         return
-    layer.__class__ = _seed_class(base_class(layer), functional)
+    awake = isinstance(layer, _Awake)
+    layer.__class__ = _seed_class(base_class(layer), functional, awake)
 
 
 def restore_class(layer: nn.Module) -> None:
@@ -161,7 +168,7 @@ def restore_class(layer: nn.Module) -> None:
 
 def base_class(layer: object) -> type:
     """The class that ``layer`` had before the swap (its own class when it was not swapped)."""
-    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, SeedLayer))
+    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, (SeedLayer, _Awake)))
 
 
 def get_slot(layer: nn.Module) -> Slot:
@@ -169,6 +176,7 @@ def get_slot(layer: nn.Module) -> Slot:
     assert isinstance(layer, SeedLayer), f"{type(layer).__name__} is not a seed layer"
     if layer._esper_slot is None:
         layer._esper_slot = Slot()
+        _wake(layer, True)
     return layer._esper_slot
 
 
@@ -178,6 +186,7 @@ def rest(layer: nn.Module) -> None:
         slot = layer._esper_slot
         if slot is not None and slot.idle:
             layer._esper_slot = None
+            _wake(layer, False)
 
 
 def set_observer(layer: nn.Module, observer: Observer | None) -> None:
@@ -220,14 +229,22 @@ def replace_primary(value: Any, tensor: Tensor) -> Any:
     return tensor
 
 
-def _seed_class(cls: type, functional: bool) -> type:
-    key = (cls, functional)
+def _wake(layer: nn.Module, awake: bool) -> None:
+    layer.__class__ = _seed_class(base_class(layer), isinstance(layer, WeightSeedLayer), awake)
+
+
+def _seed_class(cls: type, functional: bool, awake: bool) -> type:
+    key = (cls, functional, awake)
     if key not in _CLASSES:
-        mixin = WeightSeedLayer if functional else SeedLayer
+        mixins = (WeightSeedLayer if functional else SeedLayer,)
         # Same module and a telling name: reprs, profilers and error messages stay readable.
-        _CLASSES[key] = type(f"Seed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
+        _CLASSES[key] = type(
+            f"Seed{cls.__name__}",
+            ((_Awake, *mixins, cls) if awake else (*mixins, cls)),
+            {"__module__": cls.__module__},
+        )
     return _CLASSES[key]
 
 
-def _rebuild(cls: type, functional: bool) -> Any:
-    return object.__new__(_seed_class(cls, functional))
+def _rebuild(cls: type, functional: bool, awake: bool) -> Any:
+    return object.__new__(_seed_class(cls, functional, awake))
