@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -45,12 +46,13 @@ class Edge(msgspec.Struct, frozen=True):
     ops: tuple[str, ...] = ()
 
 
-class ModelTopology(msgspec.Struct, frozen=True):
-    """The traced data-flow graph of a host model.
+class ModelTopology(msgspec.Struct, frozen=True, dict=True):
+    """The traced data-flow graph of a host model; looking a layer or its neighbours up takes no walk.
 
     Attributes:
         layers: By data flow, producers first.
-        edges: Between leaf layers.
+        edges: Between leaf layers; of the many that feed a long residual sum, the nearest and the earliest
+            (:mod:`esper.kasmina.flow`).
         refused: Layer name -> why it cannot carry seeds.
         num_parameters: Of the whole host.
         positions: Output positions a sample: tokens of a sequence, else 1.
@@ -75,12 +77,40 @@ class ModelTopology(msgspec.Struct, frozen=True):
         Raises:
             KeyError: There is none.
         """
-        return next(layer for layer in self.layers if layer.name == name)
+        return self._by_name[name]
 
     def consumers(self, name: str) -> Sequence[Edge]:
         """Edges that leave layer ``name``."""
-        return [edge for edge in self.edges if edge.source == name]
+        return self._leaving.get(name, ())
 
     def producers(self, name: str) -> Sequence[Edge]:
         """Edges that enter layer ``name``."""
-        return [edge for edge in self.edges if edge.target == name]
+        return self._entering.get(name, ())
+
+    def feeds(self, source: str, target: str) -> bool:
+        """Whether an edge leads from ``source`` to ``target``."""
+        return (source, target) in self._pairs
+
+    # Worked out on first use; equality, copies and the wire know the fields alone.
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerInfo]:
+        return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def _leaving(self) -> dict[str, list[Edge]]:
+        found: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.source, []).append(edge)
+        return found
+
+    @cached_property
+    def _entering(self) -> dict[str, list[Edge]]:
+        found: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.target, []).append(edge)
+        return found
+
+    @cached_property
+    def _pairs(self) -> frozenset[tuple[str, str]]:
+        return frozenset((edge.source, edge.target) for edge in self.edges)

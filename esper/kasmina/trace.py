@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from msgspec import structs
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from esper.errors import AttachError
 from esper.kasmina.activations import op_name
 from esper.kasmina.example import keep_example
+from esper.kasmina.flow import DataFlow, Label
 from esper.kasmina.layer import SEEDS, base_class, primary, replace_primary
 from esper.kasmina.topology import Edge, LayerInfo, ModelTopology
 
@@ -48,19 +49,13 @@ class _Mark(torch.autograd.Function):
     """Identity with a label; the anchor makes a node exist even where nothing upstream is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, label: _Label) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, label: Label) -> Tensor:
         ctx.label = label
         return x.clone()  # a copy, not a view: the host may write in place next
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
-
-
-class _Label(NamedTuple):
-    name: str
-    side: str  # "in" or "out"
-    leaf: bool
 
 
 class _Call:
@@ -94,7 +89,6 @@ class Tracer:
         self._calls: dict[str, _Call] = {}
         self._order: list[str] = []
         self._handles: list[Any] = []
-        self._ops_seen: set[str] = set()
         self._stance: Any = None
 
     def __enter__(self) -> Tracer:
@@ -138,13 +132,15 @@ class Tracer:
                 "tracing needs a loss that depends on the model through autograd, but the loss has no grad_fn; "
                 "return the undetached loss from training_step, and do not run it under no_grad"
             )
-        outputs = self._leaf_producers(loss.grad_fn)[0]
+        flow = DataFlow({name: place for place, name in enumerate(self._order)})
+        outputs = flow.all_into(loss.grad_fn)
+        flow.into(loss.grad_fn)  # the operations behind the last layers count too
         edges: list[Edge] = []
         reads_input: set[str] = set()
         for name in self._order:
             call = self._calls[name]
             if call.leaf and call.entry is not None:
-                found, from_data = self._leaf_producers(call.entry)
+                found, from_data = flow.into(call.entry)
                 edges.extend(Edge(source, name, ops) for source, ops in found.items())
                 if from_data:
                     reads_input.add(name)
@@ -158,13 +154,16 @@ class Tracer:
                 self.refused[name] = (
                     f"called {call.count} times in one forward pass: a seed would run each time"
                 )
-        layers = [self._info(name, set(outputs), reads_input) for name in self._order]
-        flops = {layer.name: layer.flops for layer in layers if not layer.block}
-        layers = [self._with_block_flops(layer, flops) for layer in layers]
+        layers = [self._info(name, outputs, reads_input) for name in self._order]
+        flops = _flops_inside(layers)
+        layers = [
+            structs.replace(layer, flops=flops.get(layer.name, 0)) if layer.block else layer
+            for layer in layers
+        ]
         ends = [layer for layer in layers if layer.is_output]
         positions = max((_positions(layer) for layer in ends), default=1)
         # LogSoftmax is the cross-entropy of any classifier.
-        attends = any("scaleddotproduct" in op.lower() or op.startswith("Softmax") for op in self._ops_seen)
+        attends = any("scaleddotproduct" in op.lower() or op.startswith("Softmax") for op in flow.ops_seen)
         attends = attends or any(
             isinstance(call.module, nn.MultiheadAttention) for call in self._calls.values()
         )
@@ -217,7 +216,7 @@ class Tracer:
                 return None
             if call.count == 1:
                 call.input_shape = tuple(value.shape[1:])
-            marked = self._mark(value, _Label(name, "in", leaf))
+            marked = self._mark(value, Label(name, "in", leaf))
             if call.count == 1:
                 call.entry = marked.grad_fn
             if args:
@@ -228,7 +227,7 @@ class Tracer:
             value = primary(output)
             if not _markable(value):
                 return None
-            marked = self._mark(value, _Label(name, "out", leaf))
+            marked = self._mark(value, Label(name, "out", leaf))
             if call.count == 1:
                 call.output_shape = tuple(value.shape[1:])
                 call.exit = marked.grad_fn
@@ -237,43 +236,12 @@ class Tracer:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
-    def _mark(self, x: Tensor, label: _Label) -> Tensor:
+    def _mark(self, x: Tensor, label: Label) -> Tensor:
         if not torch.is_grad_enabled():
             return x
         anchor = torch.zeros((), requires_grad=True)
         marked: Tensor = _Mark.apply(x, anchor, label)
         return marked
-
-    def _leaf_producers(self, start: Any) -> tuple[dict[str, tuple[str, ...]], bool]:
-        """Leaf layers that feed ``start``, with the operations on the way, and whether raw data does."""
-        found: dict[str, tuple[str, ...]] = {}
-        from_data = False
-        seen = {start}
-        stack: list[tuple[Any, tuple[str, ...]]] = [(start, ())]
-        while stack:
-            node, ops = stack.pop()
-            label = getattr(node, "label", None)
-            if isinstance(label, _Label):
-                if label.leaf and label.side == "out" and node is not start:
-                    found.setdefault(label.name, tuple(reversed(ops)))
-                    continue
-                if node.next_functions[0][0] is None:
-                    from_data = True
-                successors = node.next_functions[:1]
-            else:
-                name = op_name(node)
-                self._ops_seen.add(name)
-                ops = (*ops, name)
-                successors = node.next_functions
-            for following, _ in successors:
-                if (
-                    following is not None
-                    and following not in seen
-                    and type(following).__name__ != "AccumulateGrad"
-                ):
-                    seen.add(following)
-                    stack.append((following, ops))
-        return found, from_data
 
     def _residual_projections(self, name: str, call: _Call) -> tuple[str, ...]:
         """Layers that write to the residual stream of block ``name``; empty if it is no pre-norm block.
@@ -291,7 +259,7 @@ class Tracer:
         while stack:
             node, pure = stack.pop()
             label = getattr(node, "label", None)
-            if isinstance(label, _Label):
+            if isinstance(label, Label):
                 if label.leaf and label.side == "out":
                     layer = self._calls[label.name].module
                     linear = isinstance(layer, _PROJECTIONS) or type(layer).__name__ == "Conv1D"
@@ -349,13 +317,6 @@ class Tracer:
         return info
 
     @staticmethod
-    def _with_block_flops(layer: LayerInfo, flops: dict[str, int]) -> LayerInfo:
-        if not layer.block:
-            return layer
-        inside = sum(value for name, value in flops.items() if name.startswith(f"{layer.name}."))
-        return structs.replace(layer, flops=inside)
-
-    @staticmethod
     def _is_candidate(call: _Call) -> bool:
         return not call.leaf or isinstance(call.module, (nn.Linear, nn.Conv2d))
 
@@ -401,6 +362,18 @@ def _keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _markable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _flops_inside(layers: list[LayerInfo]) -> dict[str, int]:
+    """Module -> FLOPs of all leaf layers below it."""
+    found: dict[str, int] = {}
+    for layer in layers:
+        if not layer.block:
+            name = layer.name
+            while "." in name:
+                name = name.rpartition(".")[0]
+                found[name] = found.get(name, 0) + layer.flops
+    return found
 
 
 def _positions(layer: LayerInfo) -> int:
