@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from esper.callbacks.checks import check_optimizers, check_trainer
 from esper.callbacks.guards import Guards
+from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size, random_state, set_random_state
 from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
@@ -72,6 +74,7 @@ class TamiyoCallback(L.Callback):
             self.config.policy, **self.config.policy_options
         )  # wrong options fail here, not in epoch 3
         self.run_id = uuid.uuid4().hex[:12]
+        self._hooks = HookSwitch(self, TamiyoCallback)
         self._restored: dict[str, Any] | None = None
         self._stage = "fit"
         self._reset()
@@ -91,6 +94,8 @@ class TamiyoCallback(L.Callback):
         self._evaluated = False
         self._just_traced = False
         self._step_started = 0.0
+        self._quiet_until = 0
+        self._hooks.all_on()
 
     # ---------------------------------------------------------------- what a user calls
 
@@ -213,8 +218,6 @@ class TamiyoCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Trace the first batch; install the probes on sampled steps."""
-        assert self._run is not None
-        self._run.last_batch = batch
         if self._controller is None:
             self._tracer = Tracer(pl_module)
             self._tracer.__enter__()
@@ -240,7 +243,7 @@ class TamiyoCallback(L.Callback):
         controller = self._controller
         if (
             controller is not None
-            and controller.warden.wants_gradients(self._last_step + self._steps_a_batch)
+            and self._wants_gradients(self._last_step)
             and getattr(trainer.precision_plugin, "scaler", None) is None  # it deals with inf by itself
         ):
             controller.warden.note_gradients(self._host_parameters)
@@ -251,13 +254,16 @@ class TamiyoCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Act, when an optimizer step has been completed."""
+        """Act, when an optimizer step has been completed and something is due."""
         self._drop_tracer()
-        controller = self._controller
+        controller, run, records = self._controller, self._run, self._records
         if controller is None:
             return
+        assert run is not None
+        assert records is not None
+        run.last_batch = batch
         loss = _loss(outputs)
-        if loss is not None and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+        if loss is not None and trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         controller.note_batch(loss, batch_size(batch))
         step = trainer.global_step
@@ -265,17 +271,9 @@ class TamiyoCallback(L.Callback):
             return  # gradients are still being accumulated
         self._steps_a_batch = step - self._last_step
         self._last_step = step
-        self._check_evaluation()
-        self._tell_sites(trainer)
-        self._finish_probe(trainer)
-        for decision in self._requests:
-            controller.request(decision)
-        self._requests.clear()
-        assert self._records is not None
-        for command in self._records.commands():
-            controller.request(command.decision)
-        controller.safe_point(step, trainer.current_epoch)
-        self._follow_seeds()
+        self._requests += [command.decision for command in records.commands()]
+        if step >= self._quiet_until or self._requests:
+            self._safe_point(trainer, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the records."""
@@ -346,13 +344,49 @@ class TamiyoCallback(L.Callback):
         assert self._records is not None
         recorder = self._records.recorder
         self._body = Body(module, topology, seed=self.config.seed)
+        self._body.on_change = self._wake
         policy = make_policy(self.config.policy, **self.config.policy_options)
         self._controller = Controller(self.config, self._body, self._run, policy, recorder)
         self._probes = ProbeRunner(self._body)
         # Listed once: walking a module's names takes longer than what is asked of them.
         self._host_parameters = [(n, p) for n, p in module.named_parameters() if SEEDS not in n.split(".")]
         self._evaluated = False
+        self._quiet_until = 0
+        self._hooks.all_on()
         recorder.num_parameters = self._body.num_parameters
+
+    def _safe_point(self, trainer: L.Trainer, step: int) -> None:
+        """Do what is due between two optimizer steps, and find out when the next thing will be."""
+        controller, body = self._controller, self._body
+        assert controller is not None
+        assert body is not None
+        self._check_evaluation()
+        self._tell_sites(trainer)
+        self._finish_probe(trainer)
+        for decision in self._requests:
+            controller.request(decision)
+        self._requests.clear()
+        controller.safe_point(step, trainer.current_epoch)
+        self._follow_seeds()
+        sampled, gradients, seeds = self._sampled(step), self._wants_gradients(step), bool(body.seeds)
+        self._hooks.set("on_train_batch_start", sampled)
+        self._hooks.set("on_before_backward", False)
+        self._hooks.set("on_before_optimizer_step", sampled or gradients or seeds)
+        if sampled or gradients or seeds:
+            self._quiet_until = 0
+        else:  # one batch before what needs a hook, to switch it on
+            needs_hook = min(self._next_sample(step), controller.warden.next_gradients(step))
+            self._quiet_until = min(controller.next_due(step), needs_hook - self._steps_a_batch)
+
+    def _wake(self) -> None:
+        """Somebody has changed the body by hand: look at everything again, from this very batch on."""
+        self._quiet_until = 0
+        self._hooks.set("on_before_optimizer_step", True)
+
+    def _wants_gradients(self, step: int) -> bool:
+        """Whether the governor judges the gradients of the batch after optimizer step ``step``."""
+        assert self._controller is not None
+        return self._controller.warden.wants_gradients(step + self._steps_a_batch)
 
     def _check_evaluation(self) -> None:
         """Give up sites that validation would not see; once, between steps: a pass within one would change
@@ -382,12 +416,16 @@ class TamiyoCallback(L.Callback):
         """
         assert self._body is not None
         after = step + self._steps_a_batch
-        interval = self.config.probes.interval_steps
-        if interval and after // interval > step // interval:
+        if after >= self._next_sample(step):
             return True
         lifecycle = self.config.lifecycle
         isolating = lifecycle.mode == "isolated" and lifecycle.gate_due(after)
         return isolating and any(seed.stage == "training" for seed in self._body.seeds)
+
+    def _next_sample(self, step: int) -> int:
+        """First multiple of the probes' interval after ``step``."""
+        interval = self.config.probes.interval_steps
+        return (step // interval + 1) * interval if interval else sys.maxsize
 
     def _follow_seeds(self) -> None:
         assert self._body is not None
@@ -429,7 +467,8 @@ class TamiyoCallback(L.Callback):
 
 
 def _loss(outputs: Any) -> Tensor | None:
-    value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    # A dict first, which it nearly always is: asking an abstract class takes longer than all the rest here.
+    value = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
     return value if isinstance(value, Tensor) else None
 
 

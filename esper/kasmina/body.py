@@ -44,12 +44,14 @@ class Body:
         topology: The traced data flow.
         sites: Where seeds can attach.
         refused: Layer name -> why it cannot carry seeds.
+        on_change: Called after a seed was added or removed.
     """
 
     def __init__(self, model: nn.Module, topology: ModelTopology, *, seed: int = 0) -> None:
         self.model = model
         self.topology = topology
         self.refused = dict(topology.refused)
+        self.on_change: Callable[[], None] | None = None
         self.seed = seed
         self.sites = find_sites(model, topology)
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
@@ -139,6 +141,7 @@ class Body:
         seed = plant(self.model, state, init_seed=_mix(self.seed, self._next_id))
         self._next_id += 1
         seed.bind(self)
+        self._tell()
         return seed
 
     def cull(self, seed: Seed | str, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
@@ -155,6 +158,7 @@ class Body:
         unregister_parameters(list(optimizers), list(found.parameters()))
         uproot(self.model, found)
         found.enter("culled", 0.0)
+        self._tell()
 
     def register(self, *optimizers: torch.optim.Optimizer) -> int:
         """Give every seed parameter that no optimizer holds to the group of its host layer's weight.
@@ -229,6 +233,10 @@ class Body:
         self.seed = int(state["seed"])
         for seed in self.seeds:
             seed.bind(self)
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _known_site(self, site: str | Site) -> Site:
         if isinstance(site, Site):

@@ -55,7 +55,9 @@ class Controller:
         self.ledger = Ledger(config.budget, body.topology.num_parameters, host_flops)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.gatekeeper = Gatekeeper(config.lifecycle, body, run, self.ledger, recorder)
-        self.warden = Warden(config.governor, body, run, self.ledger, self.gatekeeper, recorder)
+        self.warden = Warden(
+            config.governor, body, run, self.ledger, self.gatekeeper, recorder, grows=config.policy != "off"
+        )
         self.health: dict[str, HealthSignal] = {}
         self.pending: list[Decision] = []
         self._loss_sum: Tensor | float = 0.0
@@ -127,13 +129,20 @@ class Controller:
         if self._structure() != before:
             self.run.structure_changed()
 
+    def next_due(self, step: int) -> int:
+        """First step after ``step`` at which :meth:`safe_point` has anything to do."""
+        if self._always_due():
+            return step + 1
+        return max(step + 1, min(self._next_decision, self.warden.next_check(step)))
+
     def _nothing_due(self, step: int) -> bool:
         """Whether this is one of the many steps of an ungrown host at which there is nothing to do."""
-        return not (
+        return not (self._always_due() or step >= self._next_decision or self.config.governor.check_due(step))
+
+    def _always_due(self) -> bool:
+        return bool(
             self.pending
             or self.body.seeds
-            or step >= self._next_decision
-            or self.config.governor.check_due(step)
             or self.ledger.embargoes
             or (self._retraining is not None and not self._retraining.done)
         )

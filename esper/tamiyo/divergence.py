@@ -28,6 +28,8 @@ class GovernorConfig:
 
     Attributes:
         check_interval_steps: Optimizer steps between checks.
+        idle_gradient_checks: Every so many checks look at the gradients too while nothing can be undone; every
+            check does while there is a snapshot or a seed that is not fossilised.
         window: Good checks that a new one is compared with.
         min_checks: Good checks before anything but a NaN or an inf can be bad.
         loss_factor: A loss this many times the recent median is exploding, if also
@@ -42,6 +44,7 @@ class GovernorConfig:
     """
 
     check_interval_steps: int = 10
+    idle_gradient_checks: int = 5
     window: int = 32
     min_checks: int = 5
     loss_factor: float = 4.0
@@ -75,6 +78,7 @@ class GovernorConfig:
 
 _LEAST_COUNTS = {
     "check_interval_steps": 1,
+    "idle_gradient_checks": 1,
     "window": 3,
     "min_checks": 1,
     "patience": 1,

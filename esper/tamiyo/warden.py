@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,11 +35,13 @@ class Warden:
         ledger: Keeps embargoes.
         gatekeeper: Culls seeds.
         recorder: Told of every intervention.
+        grows: Whether the policy may grow anything; else gradients are of interest only once something was
+            grown by hand.
     """
 
     def __init__(
         self, config: GovernorConfig, body: Body, run: HostRun, ledger: Ledger, gatekeeper: Gatekeeper,
-        recorder: Recorder,
+        recorder: Recorder, *, grows: bool = True,
     ) -> None:  # fmt: skip
         self.governor = Governor(config)
         self._body = body
@@ -46,6 +49,7 @@ class Warden:
         self._ledger = ledger
         self._gatekeeper = gatekeeper
         self._recorder = recorder
+        self._grows = grows
         self._loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
 
@@ -58,9 +62,28 @@ class Warden:
         """Remember the latest loss, detached; it is read from its device only when a check is due."""
         self._loss = loss
 
-    def wants_gradients(self, next_step: int) -> bool:
-        """Whether the gradients of optimizer step ``next_step`` will be judged."""
-        return self.governor.config.check_due(next_step)
+    def wants_gradients(self, step: int) -> bool:
+        """Whether the gradients of optimizer step ``step`` will be judged."""
+        return self._watching_gradients() and step % self._gradient_interval() == 0
+
+    def next_gradients(self, step: int) -> int:
+        """First step after ``step`` whose gradients will be judged, if nothing is adapted before."""
+        interval = self._gradient_interval()
+        return (step // interval + 1) * interval if self._watching_gradients() else sys.maxsize
+
+    def next_check(self, step: int) -> int:
+        """First step after ``step`` at which a check is due."""
+        interval = self.governor.config.check_interval_steps
+        return (step // interval + 1) * interval
+
+    def _watching_gradients(self) -> bool:
+        return self._grows or bool(self._body.seeds)
+
+    def _gradient_interval(self) -> int:
+        """Every check while something can be undone; else seldom, to know what is usual."""
+        config, body = self.governor.config, self._body
+        undoable = self.governor.snapshot is not None or any(s.stage != "fossilized" for s in body.seeds)
+        return config.check_interval_steps * (1 if undoable else config.idle_gradient_checks)
 
     def note_gradients(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Take the norm of the host's gradients, seeds left out, before they are clipped."""

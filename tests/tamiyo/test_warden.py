@@ -106,9 +106,15 @@ def test_gradients_of_seeds_are_not_the_hosts():
     )
 
 
-def test_checks_are_due_at_their_interval():
-    loop = Loop(governor=QUICK | {"check_interval_steps": 4})
-    assert [step for step in range(1, 13) if loop.controller.warden.wants_gradients(step)] == [4, 8, 12]
+def test_gradients_are_looked_at_every_check_only_while_something_can_be_undone():
+    loop = Loop(governor=QUICK | {"check_interval_steps": 2, "idle_gradient_checks": 3})
+    warden = loop.controller.warden
+    assert [step for step in range(1, 13) if warden.wants_gradients(step)] == [6, 12]
+    assert [warden.next_gradients(step) for step in (0, 5, 6)] == [6, 6, 12]
+    germinate(loop)
+    loop.run(1)
+    assert [step for step in range(1, 7) if warden.wants_gradients(step)] == [2, 4, 6]
+    assert warden.next_gradients(2) == 4
 
 
 def test_fresh_weights_are_judged_afresh():
