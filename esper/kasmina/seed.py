@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esper.errors import CheckpointError, GrowthError, LifecycleError
 from esper.kasmina.autograd import guard_gradient, guarded_add, isolate
+from esper.kasmina.cache_place import cache_among, own_place
 from esper.kasmina.layer import Tap, primary, replace_primary
 from esper.kasmina.sites import Site
 from esper.messages import Stage
@@ -58,8 +59,13 @@ class SeedState(msgspec.Struct):
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(SeedState)
 
-_ISOLATED: tuple[Stage, ...] = ("germinated", "training")
-"""Stages in which a seed may not be felt by its host."""
+
+_PATHS: dict[Stage, str] = {"germinated": "absent", "training": "isolated", "fossilized": "merged"}
+"""What runs in a stage; ``felt`` in all others. A compiled model is compiled anew when a seed takes another
+path, and not when the stage alone changes."""
+
+_QUIET = ("absent", "isolated")
+"""Paths on which a seed may not be felt by its host."""
 
 
 class Seed(nn.Module):
@@ -84,8 +90,10 @@ class Seed(nn.Module):
         self._state = state
         self._override: float | None = None
         self._body: weakref.ref[Any] | None = None
+        self._path = _PATHS.get(state.stage, "felt")
         self.observed: tuple[Tensor, Tensor] | None = None
         self.observing = False
+        self.first_free_number = 0  # of the host's blocks; where a further block's place in a cache may be
         # Buffers, not Python numbers: a blending step then neither recompiles nor syncs a device.
         self.register_buffer("alpha", torch.tensor(state.alpha), persistent=False)
         self.register_buffer("non_finite", torch.tensor(state.non_finite), persistent=False)
@@ -138,6 +146,7 @@ class Seed(nn.Module):
         self._state.stage = stage
         self._state.stage_age_steps = 0
         self._state.contributions = []
+        self._path = _PATHS.get(stage, "felt")
         self.alpha.fill_(alpha)
         self._set_branch_mode()
 
@@ -158,6 +167,14 @@ class Seed(nn.Module):
         """Switch mode; the branch of an isolated seed stays in evaluation (see :meth:`_set_branch_mode`)."""
         super().train(mode)
         self._set_branch_mode()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Seed:
+        alpha = self.alpha
+        super()._apply(fn, recurse)
+        if self.alpha.dtype != alpha.dtype:
+            # In half precision a resumed run, which casts the model anew, would blend by other weights.
+            self.alpha = alpha.to(self.alpha.device)
         return self
 
     def bind(self, body: Any) -> None:
@@ -207,7 +224,7 @@ class Seed(nn.Module):
         if self.site.functional:
             return y  # the contribution is already in the weight that made y
         source = self.tap.take() if self.tap is not None else x
-        stage = self.stage
+        path = self._path
         host = primary(y)
         if self._override is not None:
             if self._override == 0.0:
@@ -216,13 +233,13 @@ class Seed(nn.Module):
             if self.observing:
                 self.observed = (s.detach(), host.detach())
             return replace_primary(y, guarded_add(host, s, torch.full_like(self.alpha, self._override)))
-        if stage == "germinated" or (stage == "training" and not torch.is_grad_enabled()):
+        if path == "absent" or (path == "isolated" and not torch.is_grad_enabled()):
             return y
-        if stage == "training":
+        if path == "isolated":
             s = self._contribution(source, host, args, kwargs, detach=True)
             self._note(s, host)
             return replace_primary(y, isolate(host, s, self._state.radius))
-        if stage == "fossilized":
+        if path == "merged":
             return replace_primary(y, host + self._contribution(source, host, args, kwargs))
         s = self._contribution(source, host, args, kwargs, guard=True)
         self._note(s, host)
@@ -234,9 +251,9 @@ class Seed(nn.Module):
         Args:
             weight: The target's weight so far, [out_features, in_features].
         """
-        stage = self.stage
+        path = self._path
         if self._override is None and (
-            stage == "germinated" or (stage == "training" and not torch.is_grad_enabled())
+            path == "absent" or (path == "isolated" and not torch.is_grad_enabled())
         ):
             return weight
         delta = self.branch.delta_weight().to(weight.dtype)  # type: ignore[operator]
@@ -244,12 +261,12 @@ class Seed(nn.Module):
             if self.observing:
                 self.observed = (delta.detach(), weight.detach())
             return guarded_add(weight, delta, torch.full_like(self.alpha, self._override))
-        if stage == "fossilized":
+        if path == "merged":
             return weight + delta
         self._note(delta, weight)
         return (
             isolate(weight, delta, self._state.radius)
-            if stage == "training"
+            if path == "isolated"
             else guarded_add(weight, delta, self.alpha)
         )
 
@@ -268,6 +285,7 @@ class Seed(nn.Module):
     def adopt(self, state: SeedState) -> None:
         """Replace the seed's record, with α and counts."""
         self._state = state
+        self._path = _PATHS.get(state.stage, "felt")
         self.alpha.fill_(state.alpha)
         self.non_finite.fill_(state.non_finite)
         self._set_branch_mode()
@@ -286,7 +304,7 @@ class Seed(nn.Module):
                 f"seed {self.seed_id} at {self.site.name}: layer {self.site.source!r} should have run before "
                 f"{self.site.target!r} in this forward pass, but did not. Cull the seed, or call both layers."
             )
-        if self.branch.training != (self.training and self.stage not in _ISOLATED):
+        if self.branch.training != (self.training and self._path not in _QUIET):
             self._set_branch_mode()  # Lightning restores modes after validation flag by flag, past train()
         if detach:
             x = x.detach()
@@ -294,15 +312,21 @@ class Seed(nn.Module):
             x = guard_gradient(x)
         if self.reads == "block":
             # A copy: a block that adds to its input in place would write into the host's value.
-            s = primary(self.branch(x.clone(), *args, **kwargs)) - x
+            cache = cache_among(args, kwargs)
+            if cache is None:
+                s = primary(self.branch(x.clone(), *args, **kwargs)) - x
+            else:
+                with own_place(cache, self.branch, self.seed_id, self.first_free_number):
+                    s = primary(self.branch(x.clone(), *args, **kwargs)) - x
         else:
             s = self.branch(x)
         return s if s.dtype == host.dtype else s.to(host.dtype)
 
     def _note(self, s: Tensor, host: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.non_finite += ~torch.isfinite(s).all()
+            if torch._C._functorch.peek_interpreter_stack() is None:  # torch.func's transforms count nothing
+                with torch.no_grad():
+                    self.non_finite += ~torch.isfinite(s).all()
             if self.observing:
                 self.observed = (s.detach(), host.detach())
 
@@ -312,7 +336,7 @@ class Seed(nn.Module):
         Dropout would draw from the host's random stream, which isolation promises not to shift; the
         whole branch is switched because blocks call ``F.dropout(x, p, self.training)`` as well.
         """
-        self.branch.train(self.training and self._state.stage not in _ISOLATED)
+        self.branch.train(self.training and self._path not in _QUIET)
 
 
 def decode_state(data: Tensor, where: str) -> SeedState:

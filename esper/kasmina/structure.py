@@ -15,6 +15,7 @@ from torch import nn
 
 from esper.errors import CheckpointError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
+from esper.kasmina.cache_place import first_free_number
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import BuildContext, Site
@@ -117,6 +118,8 @@ def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
     seed = Seed(state, branch, entry.reads, tap)
     seed.to(device=reference.device)
     seed.train(context.target_layer.training)
+    if entry.reads == "block":
+        seed.first_free_number = first_free_number(model)
 
     swap_class(context.target_layer, functional=site.functional)
     get_slot(context.target_layer)
