@@ -15,6 +15,10 @@ from esper.kasmina.topology import LayerInfo, ModelTopology
 __all__ = ["context_of", "find_sites"]
 
 _DENSE = (nn.Linear, nn.Conv2d)
+_MAX_LONG = 64
+"""Long bypasses of one host; all of them where there are fewer."""
+_MAX_LONG_TARGETS = 8
+"""Output layers that are chosen where there are too many."""
 _NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 )  # fmt: skip
@@ -38,8 +42,9 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
     for layer in usable.values():
         if isinstance(model.get_submodule(layer.name), nn.MultiheadAttention):
             _add(candidates, _functional_site(layer))
+    dense_names = {layer.name for layer in dense}
     for first in dense:
-        for second, ops, through in _next_dense(model, topology, first.name, {layer.name for layer in dense}):
+        for second, ops, through in _next_dense(model, topology, first.name, dense_names):
             _add(candidates, _site("bypass", first, usable[second], ops=ops, through=through))
     for site in _long_bypasses(model, topology, usable):
         known = candidates.get(site.name)
@@ -125,7 +130,10 @@ def _type_of(model: nn.Module, name: str) -> type:
 
 
 def _long_bypasses(model: nn.Module, topology: ModelTopology, usable: dict[str, LayerInfo]) -> list[Site]:
-    """From the host's float input, and from the layer after it, to each output layer."""
+    """From the host's float input, and from the layers after it, to each output layer; no more than a few.
+
+    In a residual host every block comes right after the input layer.
+    """
     leaves = [layer for layer in usable.values() if not layer.block]
     inputs = [layer for layer in leaves if layer.reads_input]
     if inputs:
@@ -136,14 +144,23 @@ def _long_bypasses(model: nn.Module, topology: ModelTopology, usable: dict[str, 
     outputs = [
         layer for layer in leaves if layer.is_output and isinstance(model.get_submodule(layer.name), _DENSE)
     ]
+    sources = [*inputs, *early]
+    if len(sources) * len(outputs) > _MAX_LONG:
+        outputs = _spread(outputs, max(1, _MAX_LONG // len(sources), _MAX_LONG_TARGETS))
+        sources = _spread(sources, _MAX_LONG // len(outputs))
     # Several non-linearities lie on the way: hidden units along it get the one that the host uses most.
     ops = (_usual_activation(topology),)
     return [
         _site("bypass", source, target, ops=ops, long=True)
         for target in outputs
-        for source in (*inputs, *early)
+        for source in sources
         if source.name != target.name
     ]
+
+
+def _spread(layers: list[LayerInfo], count: int) -> list[LayerInfo]:
+    """``count`` of the layers at equal distances, the first among them."""
+    return layers if len(layers) <= count else [layers[i * len(layers) // count] for i in range(count)]
 
 
 def _usual_activation(topology: ModelTopology) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -85,3 +87,13 @@ def test_what_is_worked_out_on_a_topology_does_not_travel() -> None:
     assert topology == fresh == copy.deepcopy(topology)
     with pytest.raises(KeyError, match="nowhere"):
         topology.layer("nowhere")
+
+
+def test_long_bypasses_of_a_residual_host_are_sampled() -> None:
+    body = attach(Residual(150), torch.randn(2, 3))
+    long = [site for site in body.sites if site.long]
+    assert 32 < len(long) <= 64
+    assert {site.target for site in long} == {"head"}
+    blocks = [int(site.source.rpartition(".")[2]) for site in long if site.source != "first"]
+    assert blocks == sorted(blocks)
+    assert max(b - a for a, b in itertools.pairwise([0, *blocks, 150])) <= 5  # spread, not the first few

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from esper.kasmina.activations import is_elementwise
 from esper.messages import Decision, HealthSignal
 
 if TYPE_CHECKING:
+    from esper.kasmina.topology import ModelTopology
     from esper.tamiyo.state import GrowthState
 
 __all__ = ["Recycler"]
@@ -42,12 +43,14 @@ class Recycler:
     def decide(self, state: GrowthState) -> list[Decision]:
         """One decision for each layer that is dormant, rested, and measured since it was last recycled."""
         decisions = []
+        grown_from = {seed.site for seed in state.seeds}
+        read_by_seeds = {view.site.source for view in state.sites if view.site.name in grown_from}
         for layer in state.topology.layer_names:
             signal = state.health.get(layer)
             if signal is None:
                 continue
             self._judge(layer, signal)
-            if not self._asleep(signal) or not _recyclable(state, layer):
+            if not self._asleep(signal) or not _recyclable(state.topology, layer, read_by_seeds):
                 continue
             last = self._last.get(layer)
             cooldown_steps = self.cooldown_steps * 2 ** self._in_vain.get(layer, 0)
@@ -96,18 +99,15 @@ class Recycler:
         self._in_vain[layer] = self._in_vain.get(layer, 0) + 1 if self._asleep(signal) else 0
 
 
-def _recyclable(state: GrowthState, name: str) -> bool:
+def _recyclable(topology: ModelTopology, name: str, read_by_seeds: Set[str]) -> bool:
     """Whether all that reads the layer's units are dense layers of its kind behind element-wise operations.
 
     What :func:`esper.kasmina.renewal.recyclable` asks of the live model, as far as a state can tell: a
     layer that it would refuse is better not asked for at every decision point.
     """
-    topology = state.topology
     layer, edges = topology.layer(name), topology.consumers(name)
     if layer.type not in _DENSE or layer.is_output or layer.num_calls != 1 or not edges:
         return False
-    sources = {view.site.name: view.site.source for view in state.sites}
-    read_by_seeds = {sources.get(seed.site) for seed in state.seeds}
     return all(
         topology.layer(edge.target).type == layer.type
         and all(is_elementwise(op) for op in edge.ops)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -71,34 +72,39 @@ class LongBypass:
 
 
 def units(shape: Sequence[int], image: bool) -> int:
-    """Channels of a feature map's shape, else its last dimension; shapes leave out the batch."""
-    return shape[0] if image else shape[-1]
+    """Channels of a feature map's shape, else its last dimension; shapes leave out the batch.
+
+    A number a sample is one unit.
+    """
+    return (shape[0] if image else shape[-1]) if shape else 1
 
 
 def hidden_layers(state: GrowthState) -> list[HiddenLayer]:
     """Every hidden layer over which a widening bypass runs, available or not, in the order of the sites."""
     topology = state.topology
-    widths = {layer.name: _grown_width(state, layer) for layer in topology.layers if not layer.block}
+    # A bypass over one hidden layer, norms apart, shares the layer's width out and its target's fan-in.
+    over = [view for view in state.sites if view.site.kind == "bypass" and _adjacent(view.site, topology)]
+    grown = _grown_units(state)
+    widths = {layer.name: _units_out(layer) for layer in topology.layers if not layer.block}
+    grown_into: Counter[str] = Counter()
+    for view in over:
+        site = view.site
+        units_here = _units_out(topology.layer(site.source)) + grown[site.name]
+        widths[site.source] = max(widths[site.source], units_here)  # one that feeds two has its larger width
+        grown_into[site.target] += grown[site.name]
+    before, behind = _widest_before(topology, widths), _widest_behind(topology, widths)
     found = []
-    for view in state.sites:
+    for view in over:
         site = view.site
         blueprint = next((name for name in WIDENING if name in site.blueprints), None)
-        if site.kind != "bypass" or blueprint is None or not _adjacent(site, topology):
+        if blueprint is None:
             continue
         layer = topology.layer(site.source)
         weights = max(1, layer.num_parameters // max(1, units(layer.output_shape, layer.image)))
         inputs = max(1, units(layer.input_shape, layer.image))
-        grown = sum(_grown_units(state, producer) for producer in _bypassed_into(state, site.source))
-        before = [widths[name] for name in _reach(topology, site.source, forward=False)]
-        before += [
-            units(topology.layer(name).input_shape, topology.layer(name).image)
-            for name in (site.source, *_reach(topology, site.source, forward=False))
-            if topology.layer(name).reads_input
-        ]
-        behind = [widths[name] for name in _reach(topology, site.source, forward=True)]
         width = widths[site.source]
-        neck = width / min(max(before, default=width), max(behind, default=width))
-        fan_in = weights + weights // inputs * grown
+        neck = width / min(before[site.source] or width, behind[site.source] or width)
+        fan_in = weights + weights // inputs * grown_into[site.source]
         found.append(HiddenLayer(view, blueprint, width, fan_in, widths[site.target], neck))
     return found
 
@@ -138,49 +144,40 @@ def layers_in_series(topology: ModelTopology) -> int:
     )
 
 
-def _grown_units(state: GrowthState, view: SiteView) -> int:
-    return sum(
-        seed.size for seed in state.seeds if seed.site == view.site.name and seed.blueprint in WIDENING
-    )
+def _grown_units(state: GrowthState) -> Counter[str]:
+    """Site -> hidden units that seeds have added there."""
+    found: Counter[str] = Counter()
+    for seed in state.seeds:
+        if seed.blueprint in WIDENING:
+            found[seed.site] += seed.size
+    return found
 
 
-def _grown_width(state: GrowthState, layer: LayerInfo) -> int:
-    """Units of a layer with those grown next to it; a layer that feeds two has its larger width."""
-    over = [
-        view
-        for view in state.sites
-        if view.site.kind == "bypass"
-        and view.site.source == layer.name
-        and _adjacent(view.site, state.topology)
-    ]
-    grown = max((_grown_units(state, view) for view in over), default=0)
-    return units(layer.output_shape, layer.image) + grown
-
-
-def _bypassed_into(state: GrowthState, target: str) -> list[SiteView]:
-    return [
-        view
-        for view in state.sites
-        if view.site.kind == "bypass" and view.site.target == target and _adjacent(view.site, state.topology)
-    ]
+def _units_out(layer: LayerInfo) -> int:
+    return units(layer.output_shape, layer.image)
 
 
 def _adjacent(site: Site, topology: ModelTopology) -> bool:
     """Whether nothing but norms lies between source and target: a bypass over one hidden layer."""
-    edges = {(edge.source, edge.target) for edge in topology.edges}
-    return all(pair in edges for pair in pairwise((site.source, *site.through, site.target)))
+    return all(topology.feeds(*pair) for pair in pairwise((site.source, *site.through, site.target)))
 
 
-def _reach(topology: ModelTopology, start: str, *, forward: bool) -> Iterable[str]:
-    """Layers that data from ``start`` reaches, or that reach it."""
-    found: dict[str, None] = {}
-    stack = [start]
-    while stack:
-        name = stack.pop()
-        edges = topology.consumers(name) if forward else topology.producers(name)
-        for edge in edges:
-            other = edge.target if forward else edge.source
-            if other not in found:
-                found[other] = None
-                stack.append(other)
+def _widest_before(topology: ModelTopology, widths: Mapping[str, int]) -> dict[str, int]:
+    """Layer -> the widest layer whose data reaches it, the host's input included; 0 where there is none."""
+    found: dict[str, int] = {}
+    for layer in topology.layers:  # producers stand first, so one pass settles all
+        if not layer.block:
+            seen = [max(widths[e.source], found[e.source]) for e in topology.producers(layer.name)]
+            own = units(layer.input_shape, layer.image) if layer.reads_input else 0
+            found[layer.name] = max([own, *seen])
+    return found
+
+
+def _widest_behind(topology: ModelTopology, widths: Mapping[str, int]) -> dict[str, int]:
+    """Layer -> the widest layer that its data reaches; 0 where there is none."""
+    found: dict[str, int] = {}
+    for layer in reversed(topology.layers):
+        if not layer.block:
+            seen = [max(widths[e.target], found[e.target]) for e in topology.consumers(layer.name)]
+            found[layer.name] = max(seen, default=0)
     return found
