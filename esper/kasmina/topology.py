@@ -18,6 +18,11 @@ class LayerInfo(msgspec.Struct, frozen=True):
     convolutions). ``is_output``: reaches the loss without passing another layer.
     ``reads_input``: fed by the host's float input without passing another layer.
     ``output_projections``: for a residual block, the layers that write to its residual stream.
+    ``region``: which region of gradient checkpointing it is in; 0 outside of all.
+    ``input_samples``, ``output_samples``: the dimension that counts samples, None where it is not known,
+    and ``input_rows``, ``output_rows`` its size in one experiment (0: not measured). ``input_lengths``,
+    ``output_lengths``: vectors a batch each time one of the data's sequences was shorter than the others
+    (:mod:`esper.kasmina.sample_dims`).
     """
 
     name: str
@@ -32,6 +37,13 @@ class LayerInfo(msgspec.Struct, frozen=True):
     is_output: bool = False
     reads_input: bool = False
     output_projections: tuple[str, ...] = ()
+    region: int = 0
+    input_samples: int | None = 0
+    output_samples: int | None = 0
+    input_rows: int = 0
+    output_rows: int = 0
+    input_lengths: tuple[int, ...] = ()
+    output_lengths: tuple[int, ...] = ()
 
 
 class Edge(msgspec.Struct, frozen=True):
@@ -57,6 +69,8 @@ class ModelTopology(msgspec.Struct, frozen=True, dict=True):
         num_parameters: Of the whole host.
         positions: Output positions a sample: tokens of a sequence, else 1.
         transformer: The host has attention and residual blocks.
+        layout_measured: Sample dimensions were looked for, and not only taken to be the first ones.
+        layout_problem: Why they could not be found; empty where they were.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -65,6 +79,8 @@ class ModelTopology(msgspec.Struct, frozen=True, dict=True):
     num_parameters: int
     positions: int = 1
     transformer: bool = False
+    layout_measured: bool = False
+    layout_problem: str = ""
 
     @property
     def layer_names(self) -> list[str]:
