@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,15 +10,18 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from esper.callbacks.held_out import first_batches
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import unwrap
+from esper.kasmina.trace import preserved
 
-__all__ = ["BatchLoss", "LightningRun", "batch_size", "random_state", "set_random_state"]
+__all__ = ["BatchLoss", "LightningRun", "batch_size"]
 
 _TORCH_OWN = frozenset(torch.nn.Module().__dict__)
 
@@ -52,16 +54,26 @@ class LightningRun:
         module: Its module.
         num_batches: Held-out batches to keep.
         horizon_steps: Length of the run where the trainer cannot tell it.
+        seed: Of a shuffling validation loader's order, as held-out batches are drawn from it.
     """
 
     def __init__(
-        self, trainer: L.Trainer, module: L.LightningModule, *, num_batches: int, horizon_steps: int | None
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        *,
+        num_batches: int,
+        horizon_steps: int | None,
+        seed: int = 0,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self._num_batches = num_batches
         self._horizon_steps = horizon_steps
+        self._seed = seed
         self._held_out: list[BatchLoss] | None = None
+        self._held_out_step = "training_step" if module.automatic_optimization else "validation_step"
+        self._no_held_out = "nothing: the run does not validate"
         self.last_batch: Any = None
 
     @property
@@ -87,16 +99,18 @@ class LightningRun:
         return self._horizon_steps
 
     def held_out(self) -> Sequence[BatchLoss]:
-        """The first validation batches; empty when the run does not validate."""
+        """The first validation batches; empty when the run does not validate, or its loss on them cannot be had."""
         if self._held_out is None:
-            batches = list(self._validation_batches())
+            batches = self._validation_batches()
+            if batches and not self._has_loss_on(batches[0]):
+                batches = []
             self._held_out = [BatchLoss(self, batch, index) for index, batch in enumerate(batches)]
         return self._held_out
 
     def held_out_source(self) -> str:
         """Where the held-out batches come from."""
         count = len(self.held_out())
-        return f"the first {count} validation batches" if count else "nothing: the run does not validate"
+        return f"the first {count} validation batches" if count else self._no_held_out
 
     def recent(self) -> BatchLoss:
         """The batch that was trained on last."""
@@ -107,7 +121,8 @@ class LightningRun:
 
     def loss(self, batch: Any, index: int, *, moved: bool = False) -> Tensor:
         """The loss of the module's own step on ``batch``: ``training_step``, or ``validation_step``
-        under manual optimization, where a training step would train.
+        under manual optimization, where a training step would train. Validation batches of a form that
+        ``training_step`` does not take go to ``validation_step`` too.
 
         Args:
             batch: As its loader gave it.
@@ -118,16 +133,18 @@ class LightningRun:
             UnsupportedError: The step returned no loss.
         """
         module = self.module
-        name = "training_step" if module.automatic_optimization else "validation_step"
+        of_training = "training_step" if module.automatic_optimization else "validation_step"
+        name = of_training if moved else self._held_out_step
         step = getattr(module, name)
-        arguments: dict[str, Any] = {}
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-            arguments["batch_idx"] = index
+        # By position, as Lightning gives them: a module may call them what it likes.
+        arguments = [index] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
+        if name == "validation_step" and is_param_in_hook_signature(step, "dataloader_idx", min_args=3):
+            arguments.append(0)
         with _silenced(module), _uncached_autocast(), self.trainer.precision_plugin.forward_context():
             if not moved:
                 batch = module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
                 batch = self.trainer.strategy.batch_to_device(batch)
-            output = step(batch, **arguments)
+            output = step(batch, *arguments)
         value = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(value, Tensor):
             raise UnsupportedError(
@@ -136,18 +153,42 @@ class LightningRun:
             )
         return value
 
-    def _validation_batches(self) -> Iterator[Any]:
+    def _validation_batches(self) -> list[Any]:
         trainer = self.trainer
         if not trainer.enable_validation or not self._returns_loss():
-            return
-        with torch.random.fork_rng(
-            devices=_cuda_devices(self.module)
-        ):  # a loader draws its workers' base seed
-            if trainer.val_dataloaders is None:
+            return []
+        if trainer.val_dataloaders is None:
+            with preserved(self.module):  # making a loader may draw, from a user's transforms or a split
                 trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            loader = _first_loader(trainer.val_dataloaders)
-            if loader is not None:
-                yield from itertools.islice(iter(loader), self._num_batches)
+        return first_batches(trainer.val_dataloaders, self._num_batches, seed=self._seed)
+
+    def _has_loss_on(self, batch: Any) -> bool:
+        """Find the step that takes a validation batch: ``training_step`` does not have to, where the two loaders
+        give batches of different forms.
+        """
+        failures = []
+        steps = [self._held_out_step]
+        if steps == ["training_step"] and is_overridden("validation_step", self.module):
+            steps.append("validation_step")
+        for name in steps:
+            self._held_out_step = name
+            try:
+                with preserved(self.module), torch.no_grad():
+                    self.module.eval()
+                    self.loss(batch, 0)
+            except Exception as error:  # a step may stumble on a foreign batch in any way: told below
+                if isinstance(error, UnsupportedError) and name == steps[0]:
+                    raise  # it gives no loss for a training batch either
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                return True
+        rank_zero_warn(
+            "growth has no held-out loss and measures on training batches, because no step of "
+            f"{type(self.module).__name__} gave a loss for a validation batch ({'; '.join(failures)}); "
+            "return the loss from validation_step"
+        )
+        self._no_held_out = "training batches: no step gave a loss for a validation batch"
+        return False
 
     def _returns_loss(self) -> bool:
         return self.module.automatic_optimization or is_overridden("validation_step", self.module)
@@ -167,32 +208,6 @@ def batch_size(batch: Any) -> int:
         if isinstance(item, (Tensor, Mapping, tuple, list)) and (size := batch_size(item)):
             return size
     return 1
-
-
-def _first_loader(loaders: Any) -> Any:
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, (list, tuple)):
-        return _first_loader(loaders[0]) if loaders else None
-    return loaders
-
-
-def _cuda_devices(module: torch.nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
-
-
-def random_state() -> list[Tensor]:
-    """State of torch's generators: the CPU's, then each CUDA device's that is in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_random_state(state: Sequence[Tensor]) -> None:
-    """Take on what :func:`random_state` returned; devices that are not here any more are passed over."""
-    torch.set_rng_state(state[0].cpu())
-    if torch.cuda.is_available():
-        for device, value in zip(range(torch.cuda.device_count()), state[1:], strict=False):
-            torch.cuda.set_rng_state(value.cpu(), device)
 
 
 @contextmanager

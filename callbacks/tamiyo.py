@@ -17,9 +17,12 @@ from torch.optim import Optimizer
 from esper.callbacks.checks import check_optimizers, check_trainer
 from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
-from esper.callbacks.lightning_run import LightningRun, batch_size, random_state, set_random_state
+from esper.callbacks.lightning_run import LightningRun, batch_size
+from esper.callbacks.loaders import generator_states, resume_loaders, warn_of_lost_places
+from esper.callbacks.random_state import random_state, set_random_state
 from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
+from esper.interrupt import uninterrupted
 from esper.kasmina.body import Body
 from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
@@ -165,6 +168,7 @@ class TamiyoCallback(L.Callback):
                 check_trainer(trainer, TamiyoCallback)
             if self._body is not None and self._body.model is not pl_module:
                 self._reset()
+                self.run_id = uuid.uuid4().hex[:12]  # the journal may hold both runs
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the optimizers, and put their groups in the order of the checkpoint."""
@@ -176,6 +180,7 @@ class TamiyoCallback(L.Callback):
             pl_module,
             num_batches=self.config.probes.held_out_batches,
             horizon_steps=self.config.horizon_steps or (None if growing else _WATCH_HORIZON),
+            seed=self.config.seed,
         )
         if self._restored is not None and self._restored["groups"] is not None:
             reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
@@ -212,6 +217,11 @@ class TamiyoCallback(L.Callback):
             self._controller.follow(previous, same_run=same_run)
         if self._body is not None:
             self._check_evaluation()
+        if self.config.policy != "off":
+            if restored is None:
+                warn_of_lost_places(trainer)
+            elif restored["random"] is not None:
+                resume_loaders(trainer, restored.get("generators", []), restored["random"])
         self._records.mark("resume" if restored is not None else "start", trainer)
 
     def on_train_batch_start(
@@ -273,7 +283,8 @@ class TamiyoCallback(L.Callback):
         self._last_step = step
         self._requests += [command.decision for command in records.commands()]
         if step >= self._quiet_until or self._requests:
-            self._safe_point(trainer, step)
+            with uninterrupted():  # a model that is half changed could not be saved
+                self._safe_point(trainer, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the records."""
@@ -304,6 +315,7 @@ class TamiyoCallback(L.Callback):
             "requests": [msgspec.to_builtins(decision) for decision in self._requests],
             "steps_a_batch": self._steps_a_batch,
             "random": None if self.config.policy == "off" else random_state(),
+            "generators": [] if self._run is None else generator_states(self._run.trainer),
         }
         if self._controller is None or self._run is None or self._body is None:
             return {**common, "topology": None, "groups": None}

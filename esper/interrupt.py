@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "uninterrupted"]
 
 
 class StopRequest:
@@ -39,3 +41,30 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block has ended; a second one ends it at once.
+
+    Does nothing outside the main thread, where none arrives, and where no Python code handles it.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    handle, held_back = previous, False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal held_back
+        if held_back:
+            handle(number, frame)
+        held_back = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held_back:
+            handle(signal.SIGINT, None)
