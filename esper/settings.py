@@ -33,7 +33,7 @@ class DataSettings:
     """Which data set, and the arguments of its class.
 
     Attributes:
-        name: ``digits``, ``fashion`` or ``shakespeare``.
+        name: ``digits``, ``fashion``, ``shakespeare`` or ``clinc``.
         options: Keyword arguments of the data module, without its seed.
     """
 
@@ -264,9 +264,14 @@ def _section(cls: type[_Section], values: Mapping[str, Any], where: str) -> _Sec
 
 
 def _data_class(name: str) -> type[Any]:
-    from esper.hosts import DigitsData, FashionData, ShakespeareData
+    from esper.hosts import ClincData, DigitsData, FashionData, ShakespeareData
 
-    classes = {"digits": DigitsData, "fashion": FashionData, "shakespeare": ShakespeareData}
+    classes = {
+        "clinc": ClincData,
+        "digits": DigitsData,
+        "fashion": FashionData,
+        "shakespeare": ShakespeareData,
+    }
     if name not in classes:
         raise ConfigError(f"data.name must be one of {sorted(classes)}, got {name!r}")
     return classes[name]

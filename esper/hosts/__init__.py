@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper.hosts.build import HostConfig, build_host, fit_host, host_from_dict, host_to_dict
+    from esper.hosts.clinc import ClincData
     from esper.hosts.cnn import CNN, CNNConfig
     from esper.hosts.datamodule import HostData
     from esper.hosts.digits import DigitsData
+    from esper.hosts.encoder import Encoder, EncoderConfig
     from esper.hosts.fashion import FashionData
     from esper.hosts.gpt import GPT, GPTConfig
     from esper.hosts.mlp import MLP, MLPConfig
@@ -26,7 +28,10 @@ __all__ = [
     "MLP",
     "CNNConfig",
     "ClassifierModule",
+    "ClincData",
     "DigitsData",
+    "Encoder",
+    "EncoderConfig",
     "FashionData",
     "GPTConfig",
     "HostConfig",
@@ -43,9 +48,11 @@ __all__ = [
 
 _HOMES = {
     "build": ("HostConfig", "build_host", "fit_host", "host_from_dict", "host_to_dict"),
+    "clinc": ("ClincData",),
     "cnn": ("CNN", "CNNConfig"),
     "datamodule": ("HostData",),
     "digits": ("DigitsData",),
+    "encoder": ("Encoder", "EncoderConfig"),
     "fashion": ("FashionData",),
     "gpt": ("GPT", "GPTConfig"),
     "mlp": ("MLP", "MLPConfig"),

@@ -9,24 +9,32 @@ from typing import Any
 
 from esper.errors import ConfigError
 from esper.hosts.cnn import CNN, CNNConfig
+from esper.hosts.encoder import Encoder, EncoderConfig
 from esper.hosts.gpt import GPT, GPTConfig
 from esper.hosts.mlp import MLP, MLPConfig
 
 __all__ = ["FAMILIES", "HostConfig", "build_host", "fit_host", "host_from_dict", "host_to_dict"]
 
-HostConfig = MLPConfig | CNNConfig | GPTConfig
+HostConfig = MLPConfig | CNNConfig | GPTConfig | EncoderConfig
 
-FAMILIES: dict[str, type[HostConfig]] = {"mlp": MLPConfig, "cnn": CNNConfig, "gpt": GPTConfig}
+FAMILIES: dict[str, type[HostConfig]] = {
+    "mlp": MLPConfig,
+    "cnn": CNNConfig,
+    "gpt": GPTConfig,
+    "encoder": EncoderConfig,
+}
 
 
-def build_host(config: HostConfig) -> MLP | CNN | GPT:
-    """Build the network that ``config`` describes; its weights come from torch's global generator."""
+def build_host(config: HostConfig) -> MLP | CNN | GPT | Encoder:
+    """Build the network that ``config`` describes; its new weights come from torch's global generator."""
     if isinstance(config, MLPConfig):
         return MLP(config)
     if isinstance(config, CNNConfig):
         return CNN(config)
     if isinstance(config, GPTConfig):
         return GPT(config)
+    if isinstance(config, EncoderConfig):
+        return Encoder(config)
     raise ConfigError(
         f"build_host expects one of {[c.__name__ for c in FAMILIES.values()]}, got {type(config).__name__}"
     )
@@ -61,11 +69,12 @@ def fit_host(config: HostConfig, input_shape: tuple[int, ...], num_classes: int)
 
     Args:
         config: Any host config; its inner shape is kept.
-        input_shape: Of one sample, without the batch: (F,), (C, H, W), or (T,) tokens for a GPT.
+        input_shape: Of one sample, without the batch: (F,), (C, H, W), or (T,) tokens for a GPT
+            or an encoder.
         num_classes: Logits wanted; for text the vocabulary's size.
 
     Raises:
-        ConfigError: If a CNN is asked to read samples that are not images.
+        ConfigError: If samples are not what the family reads: images for a CNN, tokens for a GPT or an encoder.
     """
     if isinstance(config, MLPConfig):
         return replace(config, in_features=prod(input_shape), num_classes=num_classes)
@@ -77,7 +86,10 @@ def fit_host(config: HostConfig, input_shape: tuple[int, ...], num_classes: int)
             )
         return replace(config, in_channels=input_shape[0], num_classes=num_classes)
     if len(input_shape) != 1:
+        reader = "an encoder" if isinstance(config, EncoderConfig) else "a GPT"
         raise ConfigError(
-            f"a GPT reads token sequences (T,), but the data's samples have shape {input_shape}"
+            f"{reader} reads token sequences (T,), but the data's samples have shape {input_shape}"
         )
+    if isinstance(config, EncoderConfig):
+        return replace(config, max_length=input_shape[0], num_classes=num_classes)
     return replace(config, context=input_shape[0], vocab_size=num_classes)

@@ -28,6 +28,7 @@ __all__ = [
 
 Mode = Literal["direct", "isolated"]
 BlendSchedule = Literal["linear", "cosine", "sigmoid"]
+Judged = Literal["alone", "together"]
 
 PRESERVED_TOLERANCE = 1e-6
 """Largest change of any output that germination may cause, in float32."""
@@ -55,6 +56,9 @@ class LifecycleConfig:
         max_spread: Largest standard deviation of those, relative to the size of their mean.
         embargo_steps: How long the site of a culled seed stays empty.
         gate_interval_steps: Gates are looked at every so many steps.
+        judged: Whose contribution is measured: each seed's ``alone``, or that of all seeds born at one step
+            ``together``, which then fossilise or go together. Many small seeds each contribute less than can
+            be measured, and cost two held-out passes each.
     """
 
     mode: Mode = "direct"
@@ -72,11 +76,16 @@ class LifecycleConfig:
     max_spread: float = 1.0
     embargo_steps: int = 200
     gate_interval_steps: int = 10
+    judged: Judged = "alone"
 
     def __post_init__(self) -> None:
         mistakes = [
             f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-            for name, allowed in (("mode", get_args(Mode)), ("blend_schedule", get_args(BlendSchedule)))
+            for name, allowed in (
+                ("mode", get_args(Mode)),
+                ("blend_schedule", get_args(BlendSchedule)),
+                ("judged", get_args(Judged)),
+            )
             if getattr(self, name) not in allowed
         ]
         for name, least in _LEAST_COUNTS.items():

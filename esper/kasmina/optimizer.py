@@ -104,7 +104,7 @@ def register_parameters(
         if id(parameter) in taken:
             continue
         taken.add(id(parameter))
-        optimizer, group = place.get(id(anchor)) or _only_group(live, name)
+        optimizer, group = place.get(id(anchor)) or _group_of_its_kind(live, name, parameter)
         if isinstance(optimizer, Muon) and parameter.ndim != 2:
             optimizer, group = _group_for_vectors(live, name, tuple(parameter.shape))
         planned.append((name, parameter, optimizer, group))
@@ -223,16 +223,25 @@ def _unwrap_all(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     return [unwrap(optimizer) for optimizer in many]
 
 
-def _only_group(live: list[Optimizer], name: str) -> tuple[Optimizer, dict[str, Any]]:
-    """The group for a parameter whose host parameter is not trained."""
+def _group_of_its_kind(
+    live: list[Optimizer], name: str, parameter: nn.Parameter
+) -> tuple[Optimizer, dict[str, Any]]:
+    """The group for a parameter whose host parameter is not trained.
+
+    That is the only group there is, or the only one that holds parameters of its kind: with weight decay
+    on matrices alone, a frozen layer's seed decays as the trained layers do.
+    """
     places = [(optimizer, group) for optimizer in live for group in optimizer.param_groups]
-    if len(places) != 1:
+    is_matrix = parameter.ndim > 1
+    same_kind = [(o, group) for o, group in places if any((p.ndim > 1) == is_matrix for p in group["params"])]
+    if len(places) != 1 and len(same_kind) != 1:
         raise GrowthError(
             f"parameter {name!r} should join the optimizer group of its host layer, but that layer is in "
-            f"none of the {len(places)} groups (frozen?); put the host layer's weight into the group that "
+            f"none of the {len(places)} groups (frozen?), and {len(same_kind)} of them hold "
+            f"{'matrices' if is_matrix else 'vectors'}; put the host layer's weight into the group that "
             "the seed shall join (a parameter with requires_grad=False may stand there)"
         )
-    return places[0]
+    return places[0] if len(places) == 1 else same_kind[0]
 
 
 def _group_for_vectors(

@@ -22,7 +22,8 @@ class BudgetConfig:
     """How much may grow.
 
     Attributes:
-        max_parameters_ratio: Parameters of host and seeds over the ungrown host's.
+        max_parameters_ratio: Trained parameters of host and seeds over the ungrown host's. Frozen ones do not
+            count, unless all of the host is frozen.
         max_flops_ratio: Training FLOPs that seeds and scoring may add over the whole run, over those
             of the ungrown host; inf for no limit.
         max_seeds_alive: Seeds that may be on their way at once; fossilised ones do not count.

@@ -18,7 +18,7 @@ from esper.kasmina.renewal import recycle_layer
 from esper.kasmina.seed import Seed
 from esper.messages import Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
-from esper.tamiyo.evaluation import mean_loss
+from esper.tamiyo.evaluation import contribution, mean_loss
 from esper.tamiyo.gatekeeper import Gatekeeper
 from esper.tamiyo.host_run import HostRun
 from esper.tamiyo.ledger import Ledger
@@ -198,7 +198,18 @@ class Controller:
             cost=body.cost,
             score=functools.partial(self._scorer.score, step=step, total_steps=self._total_steps),
             generator=self.generator,
+            measure_saving=self._saving,
         )
+
+    def _saving(self, seed_ids: Sequence[str]) -> float | None:
+        batches = self.run.held_out()
+        if not batches:
+            return None
+        named = [seed for seed in self.body.seeds if seed.seed_id in seed_ids]
+        samples = sum(batch.num_samples for batch in batches)
+        self.ledger.charge_measurement(2.0 * self.body.flops * samples)
+        measured = contribution(self.body, named, batches)
+        return measured.mean / measured.loss_on
 
     def _held_out_loss(self) -> float | None:
         batches = self.run.held_out()

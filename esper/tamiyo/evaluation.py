@@ -19,13 +19,13 @@ __all__ = ["Contribution", "contribution", "mean_loss"]
 
 @dataclass(frozen=True)
 class Contribution:
-    """Held-out loss with a seed off minus with it on: positive when the seed helps.
+    """Held-out loss with seeds off minus with them on: positive when they help.
 
-    It is measured on the host as it is now, which may have adapted to the seed; it is not the gain
-    over a run that never had it (GROWTH.md §3.5).
+    It is measured on the host as it is now, which may have adapted to them; it is not the gain
+    over a run that never had them (GROWTH.md §3.5).
 
     Attributes:
-        loss_on: Mean loss with the seed at full strength.
+        loss_on: Mean loss with the seeds at full strength.
         differences: Off minus on, one a batch.
     """
 
@@ -52,20 +52,20 @@ def mean_loss(body: Body, batches: Sequence[LossOnBatch]) -> float:
     return sum(_losses(body, batches)) / len(batches)
 
 
-def contribution(body: Body, seed: Seed, batches: Sequence[LossOnBatch]) -> Contribution:
-    """Measure what ``seed`` contributes at full strength on ``batches`` (at least one)."""
-    on = _losses(body, batches, seed, 1.0)
-    off = _losses(body, batches, seed, 0.0)
+def contribution(body: Body, seeds: Sequence[Seed], batches: Sequence[LossOnBatch]) -> Contribution:
+    """Measure what ``seeds`` contribute together, at full strength, on ``batches`` (at least one)."""
+    on = _losses(body, batches, seeds, 1.0)
+    off = _losses(body, batches, seeds, 0.0)
     return Contribution(sum(on) / len(on), tuple(b - a for a, b in zip(on, off, strict=True)))
 
 
 def _losses(
-    body: Body, batches: Sequence[LossOnBatch], seed: Seed | None = None, alpha: float = 1.0
+    body: Body, batches: Sequence[LossOnBatch], seeds: Sequence[Seed] = (), alpha: float = 1.0
 ) -> list[float]:
     with ExitStack() as stack:
         stack.enter_context(preserved(body.model))
         stack.enter_context(torch.no_grad())
-        if seed is not None:
+        for seed in seeds:
             stack.enter_context(seed.overridden(alpha))
         body.model.eval()
         return [float(batch()) for batch in batches]

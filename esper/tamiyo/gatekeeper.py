@@ -88,8 +88,10 @@ class Gatekeeper:
         """Look at every gate, when gates are due."""
         if not self.config.gate_due(step):
             return
-        for seed in self._body.seeds:
-            if seed.stage != "fossilized":
+        for group in self._groups():
+            if self._measurement_due(group[0]):
+                self._measure(group)
+            for seed in group:
                 self._step_through(seed)
 
     def cull(
@@ -103,9 +105,18 @@ class Gatekeeper:
         """Note that a rollback has to take a seed away, whatever its stage."""
         self._apply(seed, Transition(seed.stage, "culled", reason), force=True)
 
+    def _groups(self) -> list[list[Seed]]:
+        """Young seeds, those that are judged together side by side: born at one step, and in one stage since one."""
+        young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
+        if self.config.judged == "alone":
+            return [[seed] for seed in young]
+        groups: dict[tuple[str, int, int], list[Seed]] = {}
+        for seed in young:
+            record = seed.record
+            groups.setdefault((record.stage, record.age_steps, record.stage_age_steps), []).append(seed)
+        return list(groups.values())
+
     def _step_through(self, seed: Seed) -> None:
-        if seed.stage in ("training", "holding") and self._measurement_due(seed):
-            self._measure(seed)
         transition = next_transition(seed.stage, self._facts(seed), self.config)
         if transition is not None:
             self._apply(seed, transition)
@@ -119,13 +130,14 @@ class Gatekeeper:
         few = len(seed.state.contributions) < self.config.num_measurements
         return age >= first and (few or age >= last * _SPACING)
 
-    def _measure(self, seed: Seed) -> None:
+    def _measure(self, seeds: Sequence[Seed]) -> None:
         batches = self._batches()
-        measured = contribution(self._body, seed, batches)
-        state = seed.state
-        state.contributions.append(measured.mean)
-        state.facts["held_out_loss"] = measured.loss_on
-        state.facts["measured_at_age"] = float(state.stage_age_steps)
+        measured = contribution(self._body, seeds, batches)
+        for seed in seeds:
+            state = seed.state
+            state.contributions.append(measured.mean)
+            state.facts["held_out_loss"] = measured.loss_on
+            state.facts["measured_at_age"] = float(state.stage_age_steps)
         samples = sum(batch.num_samples for batch in batches)
         self._ledger.charge_measurement(2.0 * self._body.flops * samples)
 

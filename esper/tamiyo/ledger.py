@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from esper.kasmina.body import Body
+from esper.kasmina.layer import SEEDS
 from esper.tamiyo.config import BudgetConfig
 
 __all__ = ["Ledger"]
@@ -27,6 +28,7 @@ class Ledger:
         self.budget = budget
         self.host_parameters = host_parameters
         self.host_flops = host_flops
+        self.base_parameters: int | None = None
         self.training_flops = 0.0
         self.host_training_flops = 0.0
         self.scoring_flops = 0.0
@@ -63,8 +65,20 @@ class Ledger:
         return self.scoring_flops + flops <= self.budget.max_scoring_fraction * expected
 
     def parameters_left(self, body: Body) -> int:
-        """Parameters that may still be added."""
-        return int(self.budget.max_parameters_ratio * self.host_parameters) - body.num_parameters
+        """Parameters that may still be added.
+
+        The budget's ratio is to the parameters of the host that were trained when this was first asked; to all
+        of them where none was. A frozen network of millions would otherwise allow seeds of millions.
+        """
+        if self.base_parameters is None:
+            trained = sum(
+                p.numel()
+                for name, p in body.model.named_parameters()
+                if p.requires_grad and SEEDS not in name.split(".")
+            )
+            self.base_parameters = trained or self.host_parameters
+        grown = body.num_parameters - self.host_parameters
+        return int(self.budget.max_parameters_ratio * self.base_parameters) - self.base_parameters - grown
 
     def flops_left(self, step: int, total_steps: int) -> float:
         """Training FLOPs that growth may still add over the rest of the run."""

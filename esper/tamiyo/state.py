@@ -64,6 +64,8 @@ class GrowthState:
         score: ``score(site_names, size)`` returns the whitened expressivity of bypass sites against
             their permutation noise floor; runs a hooked forward and backward, charged to the budget.
         generator: Random numbers for policies; part of the checkpoint.
+        measure_saving: Share of the held-out loss that the named seeds save together: switched off minus on,
+            over on, with the host as it has adapted to them (charged); None when nothing is held out.
     """
 
     step: int
@@ -86,6 +88,7 @@ class GrowthState:
     cost: Callable[[str, str, int], Cost]
     score: Callable[[Sequence[str], int], dict[str, SiteScore]]
     generator: torch.Generator
+    measure_saving: Callable[[Sequence[str]], float | None] = lambda seed_ids: None
 
     @property
     def fraction(self) -> float:

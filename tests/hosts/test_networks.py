@@ -189,7 +189,7 @@ def test_fit_host_refuses_data_of_another_kind() -> None:
         (lambda: GPTConfig(d_model=10, num_heads=4), "multiple of num_heads, got 10 and 4"),
         (lambda: GPTConfig(dropout=1.0), r"dropout must lie in \[0, 1\)"),
         (lambda: GPTConfig(mlp_ratio=0.0), "mlp_ratio must give at least one unit"),
-        (lambda: host_from_dict({"family": "rnn"}), r"one of \['cnn', 'gpt', 'mlp'\], got 'rnn'"),
+        (lambda: host_from_dict({"family": "rnn"}), r"one of \['cnn', 'encoder', 'gpt', 'mlp'\], got 'rnn'"),
         (lambda: host_from_dict({"family": "mlp", "width": 3}), r"got also \['width'\]"),
     ],
 )

@@ -219,14 +219,30 @@ def test_frozen_host_falls_back_to_the_only_group() -> None:
     register_parameters(head, [("new", new)], [model[0].weight])
     assert head.param_groups[0]["params"][-1] is new
 
-    split = torch.optim.AdamW([{"params": [model[4].weight]}, {"params": [model[4].bias]}])
-    with pytest.raises(GrowthError, match=r"'x'.*none of the 2 groups.*put the host layer's weight"):
+
+def test_seed_of_a_frozen_layer_joins_the_only_group_of_its_kind() -> None:
+    model = host()
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    split = torch.optim.AdamW(
+        [{"params": [model[4].weight], "weight_decay": 0.1}, {"params": [model[4].bias], "weight_decay": 0.0}]
+    )
+    register_parameters(split, [("m", matrix), ("v", vector)], [model[0].weight, model[0].weight])
+    assert split.param_groups[0]["params"][-1] is matrix
+    assert split.param_groups[1]["params"][-1] is vector
+
+
+def test_seed_of_a_frozen_layer_is_refused_where_two_groups_could_take_it() -> None:
+    model = host()
+    two = torch.optim.AdamW([{"params": [model[4].weight]}, {"params": [model[2].weight, model[4].bias]}])
+    with pytest.raises(
+        GrowthError, match=r"'x'.*none of the 2 groups.*2 of them hold matrices.*put the host"
+    ):
         register_parameters(
-            split,
-            [("y", nn.Parameter(torch.zeros(2))), ("x", nn.Parameter(torch.zeros(2)))],
+            two,
+            [("y", nn.Parameter(torch.zeros(2, 2))), ("x", nn.Parameter(torch.zeros(2, 2)))],
             [model[4].weight, model[0].weight],
         )
-    assert [len(group["params"]) for group in split.param_groups] == [1, 1]
+    assert [len(group["params"]) for group in two.param_groups] == [1, 2]
 
 
 def test_muon_takes_matrices_and_leaves_the_rest_to_the_other_optimizer() -> None:

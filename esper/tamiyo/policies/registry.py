@@ -22,6 +22,7 @@ _POLICIES = {
     "random": "RandomPolicy",
     "schedule": "SchedulePolicy",
     "shortcut": "ShortcutPolicy",
+    "uniform": "UniformPolicy",
 }
 """Policy name, which is also its module's, -> class. A class names its options in ``config_type``."""
 
