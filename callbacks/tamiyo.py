@@ -238,10 +238,8 @@ class TamiyoCallback(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Read the topology off the graph of the first loss."""
-        if self._tracer is not None:
-            tracer, self._tracer = self._tracer, None
-            tracer.close()
-            self._begin(pl_module, tracer.finish(loss))
+        if self._tracer is not None and not self._tracer.finished:
+            self._begin(pl_module, self._tracer.finish(loss))  # it is closed after the backward pass
             self._just_traced = True
 
     def on_before_optimizer_step(

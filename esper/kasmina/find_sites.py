@@ -52,15 +52,19 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
     for layer in usable.values():
         if layer.output_projections:
             _add(candidates, _site("stack", layer, layer))
-    return [
-        site for site in (_fitted(model, topology, site) for site in candidates.values()) if site.blueprints
-    ]
+    together = [site for site in candidates.values() if site.functional or _in_one_region(topology, site)]
+    return [site for site in (_fitted(model, topology, site) for site in together) if site.blueprints]
 
 
 def context_of(model: nn.Module, topology: ModelTopology, site: Site) -> BuildContext:
     """The build context of ``site``, with a block's output projections from the topology."""
     projections = topology.layer(site.target).output_projections if site.kind == "stack" else ()
     return BuildContext(site, model.get_submodule(site.source), model.get_submodule(site.target), projections)
+
+
+def _in_one_region(topology: ModelTopology, site: Site) -> bool:
+    """Whether gradient checkpointing computes source and target again together (:mod:`esper.kasmina.recompute`)."""
+    return topology.layer(site.source).region == topology.layer(site.target).region
 
 
 def _fitted(model: nn.Module, topology: ModelTopology, site: Site) -> Site:

@@ -1,8 +1,8 @@
 """The seed layer: a host layer whose class was swapped in place so that it can carry seeds.
 
 A swap keeps parameters, buffers, hooks, state-dict keys, identity and ``isinstance``, and costs a
-call nothing while nothing grows: the forward that runs is the host's own (LIGHTNING.md §3). Assigning ``forward`` on the
-instance would not do: a deepcopy would go on running the original's weights.
+call nothing while nothing grows: the forward that runs is the host's own (LIGHTNING.md §3). Assigning
+``forward`` on the instance would not do: a deepcopy would go on running the original's weights.
 """
 
 from __future__ import annotations

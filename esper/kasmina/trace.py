@@ -7,8 +7,8 @@ skips and custom modules need no special treatment. The values are not changed b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +16,15 @@ import torch
 from msgspec import structs
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from esper.errors import AttachError
 from esper.kasmina.activations import op_name
+from esper.kasmina.eager import eagerly
 from esper.kasmina.example import keep_example
 from esper.kasmina.flow import DataFlow, Label
+from esper.kasmina.foreign import left_alone
 from esper.kasmina.layer import SEEDS, base_class, primary, replace_primary
+from esper.kasmina.recompute import current_region, walkable_checkpoints
 from esper.kasmina.topology import Edge, LayerInfo, ModelTopology
 
 __all__ = ["Tracer", "preserved", "trace"]
@@ -68,6 +70,7 @@ class _Call:
         self.output_shape: tuple[int, ...] | None = None
         self.entry: Any = None  # autograd node of the marked input
         self.exit: Any = None
+        self.region: object | None = None  # of gradient checkpointing
 
 
 class Tracer:
@@ -79,8 +82,9 @@ class Tracer:
             loss = training_step(model, batch)
         topology = tracer.finish(loss)      # before backward frees the graph
 
-    Compiled regions run eagerly inside the ``with``, because hooks added after compilation are
-    ignored by it.
+    Compiled regions run eagerly until :meth:`close`, because hooks added after compilation are ignored
+    by it. So does the backward pass, when it comes before that: what gradient checkpointing computes
+    again there has to be what it computed before.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,19 +93,22 @@ class Tracer:
         self._calls: dict[str, _Call] = {}
         self._order: list[str] = []
         self._handles: list[Any] = []
-        self._stance: Any = None
+        self._while_open = ExitStack()
+        self._finished = False
 
     def __enter__(self) -> Tracer:
         for module in (self.model, *self.model.children()):
             self._handles.append(module.register_forward_pre_hook(_keep_call, with_kwargs=True))
+        alone = left_alone(self.model)
+        self.refused.update({name: reason for name, reason in alone.items() if reason})
         for name, module in self.model.named_modules():
-            if not name or SEEDS in name.split("."):
+            if not name or name in alone or SEEDS in name.split("."):
                 continue
             role = self._role(name, module)
             if role is not None:
                 self._watch(name, module, leaf=role == "leaf")
-        self._stance = torch.compiler.set_stance("force_eager")
-        self._stance.__enter__()
+        self._while_open.enter_context(eagerly())
+        self._while_open.enter_context(walkable_checkpoints())
         return self
 
     def __exit__(
@@ -110,16 +117,22 @@ class Tracer:
         self.close()
 
     def close(self) -> None:
-        """Remove the hooks; safe to call twice."""
+        """Remove the hooks and let compiled code run compiled again; safe to call twice."""
+        self._remove_hooks()
+        self._while_open.close()
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finish` has been called."""
+        return self._finished
 
     def finish(self, loss: Tensor) -> ModelTopology:
-        """Walk the graph behind ``loss`` and return the topology.
+        """Walk the graph behind ``loss``, take the hooks off and return the topology.
 
         Args:
             loss: The training loss, before ``backward`` ran.
@@ -132,6 +145,8 @@ class Tracer:
                 "tracing needs a loss that depends on the model through autograd, but the loss has no grad_fn; "
                 "return the undetached loss from training_step, and do not run it under no_grad"
             )
+        self._remove_hooks()
+        self._finished = True
         flow = DataFlow({name: place for place, name in enumerate(self._order)})
         outputs = flow.all_into(loss.grad_fn)
         flow.into(loss.grad_fn)  # the operations behind the last layers count too
@@ -154,7 +169,11 @@ class Tracer:
                 self.refused[name] = (
                     f"called {call.count} times in one forward pass: a seed would run each time"
                 )
-        layers = [self._info(name, outputs, reads_input) for name in self._order]
+        regions = _numbered(self._calls[name].region for name in self._order)
+        layers = [
+            self._info(name, outputs, reads_input, region)
+            for name, region in zip(self._order, regions, strict=True)
+        ]
         flops = _flops_inside(layers)
         layers = [
             structs.replace(layer, flops=flops.get(layer.name, 0)) if layer.block else layer
@@ -168,7 +187,7 @@ class Tracer:
             isinstance(call.module, nn.MultiheadAttention) for call in self._calls.values()
         )
         for call in self._calls.values():
-            call.entry = call.exit = None  # let the step's graph go
+            call.entry = call.exit = call.region = None  # let the step's graph go
         return ModelTopology(
             layers=tuple(layers),
             edges=tuple(edges),
@@ -180,16 +199,6 @@ class Tracer:
 
     def _role(self, name: str, module: nn.Module) -> str | None:
         own = list(module.parameters(recurse=False))
-        if parametrize.is_parametrized(module):
-            self.refused[name] = (
-                "parametrised (weight or spectral norm): its class is generated by torch already"
-            )
-            return None
-        if any(is_lazy(p) for p in own):
-            self.refused[name] = "lazy: its parameters do not exist before the first forward pass"
-            return None
-        if isinstance(module, torch.jit.ScriptModule):
-            return None
         children = any(
             any(True for _ in child.parameters()) for key, child in module.named_children() if key != SEEDS
         )
@@ -210,6 +219,7 @@ class Tracer:
             call.count += 1
             if call.count == 1:
                 self._order.append(name)
+                call.region = current_region()
             key = None if args else next(iter(kwargs), None)
             value: Any = args[0] if args else kwargs.get(key or "")
             if not _markable(value):
@@ -290,7 +300,7 @@ class Tracer:
                     stack.append((following, pure))
         return tuple(sorted(projections)) if reached_input else ()
 
-    def _info(self, name: str, outputs: set[str], reads_input: set[str]) -> LayerInfo:
+    def _info(self, name: str, outputs: set[str], reads_input: set[str], region: int) -> LayerInfo:
         call = self._calls[name]
         module = call.module
         shape = call.output_shape or ()
@@ -307,6 +317,7 @@ class Tracer:
             image=image,
             is_output=name in outputs,
             reads_input=name in reads_input,
+            region=region,
             output_projections=() if call.leaf else self._residual_projections(name, call),
         )
         if call.leaf and not isinstance(module, nn.Embedding):
@@ -331,6 +342,8 @@ def trace(model: nn.Module, forward: Callable[[], Tensor]) -> ModelTopology:
     Returns:
         The topology; modes, buffers, random state and gradients are restored.
     """
+    if any(is_lazy(p) for p in model.parameters()):
+        _materialise(model, forward)
     with preserved(model):
         model.train()
         with torch.enable_grad(), Tracer(model) as tracer:
@@ -338,14 +351,26 @@ def trace(model: nn.Module, forward: Callable[[], Tensor]) -> ModelTopology:
             return tracer.finish(loss)
 
 
+def _materialise(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+    """Let lazy layers take their shapes and first weights, as the model's own first pass would."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # statistics of normalisation layers do not move
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore training flags, buffers and the random state when the block ends."""
+    """Restore training flags, buffers and the random state when the block ends; compiled code runs eagerly in it."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with eagerly(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
@@ -362,6 +387,12 @@ def _keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _markable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _numbered(regions: Iterable[object | None]) -> list[int]:
+    """A number for each region of gradient checkpointing, by order of appearance; 0 outside of all."""
+    numbers: dict[int, int] = {}
+    return [0 if region is None else numbers.setdefault(id(region), len(numbers) + 1) for region in regions]
 
 
 def _flops_inside(layers: list[LayerInfo]) -> dict[str, int]:
@@ -385,4 +416,6 @@ def _positions(layer: LayerInfo) -> int:
 
 
 def _host_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if SEEDS not in name.split("."))
+    return sum(
+        p.numel() for name, p in module.named_parameters() if SEEDS not in name.split(".") and not is_lazy(p)
+    )
