@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import AttachError, GrowthError
-from esper.kasmina.blueprints import Cost, cost, get_blueprint
+from esper.kasmina.blueprints import Cost, get_blueprint
 from esper.kasmina.example import forget_example
 from esper.kasmina.find_sites import context_of, find_sites
 from esper.kasmina.layer import SeedLayer, observed, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
+from esper.kasmina.pricing import Prices
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import Site
 from esper.kasmina.structure import (
@@ -56,7 +57,9 @@ class Body:
         self.sites = find_sites(model, topology)
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
         self._health: Sequence[HealthSignal] = ()
-        self._costs: dict[tuple[str, str, int], Cost] = {}
+        self._prices = Prices(model, topology)
+        self._named: list[Site] = []
+        self._by_name: dict[str, Site] = {}
         self._index = SeedIndex()
         self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
         for site in self.sites:
@@ -90,9 +93,10 @@ class Body:
             GrowthError: There is none; the message lists those there are, or why the layer was refused.
         """
         wanted = name.name if isinstance(name, Site) else name
-        for site in self.sites:
-            if site.name == wanted:
-                return site
+        if self._named is not self.sites:  # the list is replaced, never changed
+            self._named, self._by_name = self.sites, {site.name: site for site in self.sites}
+        if (found := self._by_name.get(wanted)) is not None:
+            return found
         layer = wanted.split(":", 1)[-1].split("->")[-1]
         if layer in self.refused:
             raise GrowthError(
@@ -108,12 +112,7 @@ class Body:
 
     def cost(self, site: str | Site, blueprint: str, size: int) -> Cost:
         """Parameters and forward FLOPs of a seed before it is built."""
-        found = self._known_site(site)
-        key = (found.name, blueprint, size)
-        if key not in self._costs:
-            context = context_of(self.model, self.topology, found)
-            self._costs[key] = cost(get_blueprint(blueprint), context, size)
-        return self._costs[key]
+        return self._prices.of(self._known_site(site), blueprint, size)
 
     def germinate(self, site: str | Site, blueprint: str, size: int | None = None) -> Seed:
         """Put a new seed at ``site``; the model's function does not change.
