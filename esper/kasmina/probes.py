@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina.body import Body
+from esper.kasmina.eager import EagerMode
 from esper.kasmina.health import health_score
 from esper.kasmina.layer import SeedLayer, primary, seeds_of, set_observer
 from esper.kasmina.sampling import sample_elements, sample_rows
@@ -79,6 +80,7 @@ class ProbeRunner:
         self._body = body
         self._probes: dict[str, _Probe] = {}
         self._seed_gradients: dict[str, list[Tensor]] = {}
+        self._eager = EagerMode()
         self.latency_ms = 0.0
 
     @property
@@ -106,6 +108,7 @@ class ProbeRunner:
             ):
                 producer.has_consumer = True
                 consumer.consumer_of.append(producer)
+        self._eager.enter()  # compiled code would be compiled anew for a step that is watched
         for probe in self._probes.values():
             probe.weight_before = sample_elements(_weight(probe.layer))
             set_observer(probe.layer, probe)
@@ -194,6 +197,7 @@ class ProbeRunner:
 
     def cancel(self) -> None:
         """Remove the observers and forget the samples."""
+        self._eager.leave()
         for probe in self._probes.values():
             set_observer(probe.layer, None)
         self._probes = {}
