@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from esper.errors import ExportError
+from esper.kasmina.cache_place import cache_among, first_free_number, own_place
 from esper.kasmina.example import forget_example
 from esper.kasmina.layer import SEEDS, primary, replace_primary, restore_class, seeds_of
 from esper.kasmina.seed import Seed
@@ -59,13 +60,23 @@ class Branch:
 
 @dataclass(eq=False)
 class Draft:
-    """A plain model and the branches that are not part of it yet; a deepcopy is an independent trial."""
+    """A plain model and the branches that are not part of it yet; a deepcopy is an independent trial.
+
+    Attributes:
+        model: The copy of the host.
+        branches: What acts beside it.
+        folded: Seeds that the model holds now.
+        left_out: Seeds that do not act yet.
+        notes: What else a reader of the report should know.
+        reasons: Why a seed was not folded, where folding was tried.
+    """
 
     model: nn.Module
     branches: list[Branch]
     folded: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
     _inputs: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
@@ -132,6 +143,11 @@ class Draft:
         if folded:
             self.folded.append(branch.seed_id)
 
+    def keep(self, seed_ids: list[str], reason: str) -> None:
+        """Note why these seeds stay branches."""
+        self.reasons |= dict.fromkeys(seed_ids, reason)
+        self.notes.append(f"{', '.join(seed_ids)} not folded: {reason}")
+
     def adopt(self) -> str:
         """Register the branches as children of the model, so that a capture finds their weights.
 
@@ -159,7 +175,7 @@ class Draft:
             host = primary(y)
             if branch.reads == "block":
                 # Where α is one the block's output is all there is; otherwise it counts by its change.
-                output = primary(branch.module(host, *args[1:], **_further(args, kwargs)))
+                output = primary(self._run_block(branch, host, args[1:], _further(args, kwargs)))
                 y = replace_primary(
                     y, output if branch.alpha == 1.0 else host + branch.alpha * (output - host)
                 )
@@ -167,6 +183,13 @@ class Draft:
             s = branch.module(host if branch.reads == "output" else self._inputs[id(branch.source)])
             y = replace_primary(y, host + (s if branch.alpha == 1.0 else branch.alpha * s))
         return y
+
+    def _run_block(self, branch: Branch, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = cache_among(args, kwargs)
+        if cache is None:
+            return branch.module(x, *args, **kwargs)
+        with own_place(cache, branch.module, branch.seed_id, first_free_number(self.model)):
+            return branch.module(x, *args, **kwargs)
 
     @contextmanager
     def running(self) -> Iterator[nn.Module]:

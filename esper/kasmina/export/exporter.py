@@ -5,33 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from esper.errors import EsperError, ExportError
-from esper.kasmina.body import mean_output
+from esper.errors import ExportError
 from esper.kasmina.example import Example, kept_example
-from esper.kasmina.export.draft import Branch, Draft, copy_model
-from esper.kasmina.export.fold import (
-    is_widening,
-    merge_low_rank,
-    stack_block,
-    widen_layers,
-    widening_groups,
-)
-from esper.kasmina.export.graph import (
-    capture_graph,
-    capture_program,
-    needs_esper,
-    place_branches,
-    single_chain,
-)
+from esper.kasmina.export.draft import Draft
+from esper.kasmina.export.folding import folded_draft
+from esper.kasmina.export.graph import capture_graph, capture_program, needs_esper, place_branches
 from esper.kasmina.export.report import ExportReport, Route
-from esper.kasmina.export.verify import check_batches, difference, outputs_of, tolerance
-from esper.kasmina.trace import trace
+from esper.kasmina.export.verify import check_batches
 
 __all__ = ["export", "export_with_report"]
 
@@ -67,15 +51,7 @@ def export_with_report(model: nn.Module, example_input: Any = None) -> tuple[nn.
         example_input: See :func:`export`.
     """
     example = kept_example(model) if example_input is None else Example.of(example_input).like(model)
-    draft = Draft.of(model)
-    for note in draft.notes:
-        _log.warning("%s", note)
-    original = copy_model(model).eval()
-
-    def expected(varied: Example) -> Any:
-        return outputs_of(original, varied)
-
-    draft = _fold(draft, example, expected)
+    draft, expected = folded_draft(model, example)
     failures: list[str] = []
     for route, build in _routes(draft, example):
         trial = deepcopy(draft)
@@ -100,7 +76,7 @@ def export_with_report(model: nn.Module, example_input: Any = None) -> tuple[nn.
         if example is not None
         else "; pass example_input=, which allows further ways and proves the result"
     )
-    tried = "; ".join(failures)
+    tried = "; ".join((*draft.notes, *failures))
     raise ExportError(f"{type(model).__name__} cannot be exported{hint}. Tried: {tried}")
 
 
@@ -112,128 +88,3 @@ def _routes(draft: Draft, example: Example | None) -> list[tuple[Route, Callable
     if example is not None:
         routes.append(("program", lambda trial: capture_program(trial, example)))
     return routes
-
-
-def _fold(draft: Draft, example: Example | None, expected: Callable[[Example], Any]) -> Draft:
-    """Fold whatever can be folded; each fold is tried on a copy of the draft and kept if it holds."""
-    for branch in list(draft.branches):
-        if hasattr(branch.module, "delta_weight"):
-            draft = _attempt(draft, [branch.seed_id], lambda t, b: merge_low_rank(t, b[0]), example, expected)
-    for branch in reversed(list(draft.branches)):  # the last one at a block first: all go right behind it
-        if branch.reads == "block":
-            draft = _attempt(
-                draft, [branch.seed_id], lambda t, b: _stack(t, b[0], example), example, expected
-            )
-    for group in widening_groups(draft, _chains(draft, example)):
-        ids = [branch.seed_id for branch in group]
-        draft = _attempt(draft, ids, lambda t, b: widen_layers(t, b), example, expected)
-    for branch in draft.branches:
-        if branch.functional:
-            raise ExportError(
-                f"seed {branch.seed_id} at {branch.site} acts on a weight that is used without calling its layer, and "
-                "could not be merged into it: " + "; ".join(draft.notes)
-            )
-    return draft
-
-
-def _attempt(
-    draft: Draft,
-    ids: list[str],
-    fold: Callable[[Draft, list[Branch]], str | None],
-    example: Example | None,
-    expected: Callable[[Example], Any],
-) -> Draft:
-    """Fold the branches ``ids`` in a copy of ``draft``; return the copy, or ``draft`` with the reason noted."""
-    trial = deepcopy(draft)
-    reason = fold(trial, [branch for branch in trial.branches if branch.seed_id in ids])
-    if reason is None and example is not None:
-        wanted = expected(example)
-        try:
-            with trial.running() as model:
-                gap = difference(wanted, outputs_of(model, example))
-        except Exception as error:  # a host that looks at its layers may raise anything
-            reason = f"the model fails with it: {type(error).__name__}: {error}"
-        else:
-            if gap > tolerance(wanted):
-                reason = f"outputs would differ by {gap:.3g}"
-    if reason is None:
-        return trial
-    draft.notes.append(f"{', '.join(ids)} not folded: {reason}")
-    return draft
-
-
-def _stack(draft: Draft, branch: Branch, example: Example | None) -> str | None:
-    """Stack, and make sure that the host really runs through the container."""
-    reason = stack_block(draft, branch)
-    if reason is not None:
-        return reason
-    if example is None:
-        parents = [m for m in draft.model.modules() if any(child is branch.module for child in m.children())]
-        iterated = all(isinstance(parent, nn.Sequential) for parent in parents)
-        return (
-            None
-            if iterated
-            else "without an example it is not known whether the host runs its blocks in a loop"
-        )
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    handle = branch.module.register_forward_hook(count)
-    try:
-        with draft.running() as model:
-            example.run(model)
-    except Exception as error:  # a host that indexes its blocks may raise anything
-        return f"the model fails with one block more: {type(error).__name__}: {error}"
-    finally:
-        handle.remove()
-    return None if calls == 1 else f"the host calls the inserted block {calls} times, and not once"
-
-
-def _chains(draft: Draft, example: Example | None) -> list[Branch]:
-    """Widening branches whose source layer's units are read by their target alone."""
-    candidates = []
-    for branch in filter(is_widening, draft.branches):
-        mixing = [type(norm).__name__ for norm in branch.through if not isinstance(norm, _BatchNorm)]
-        if mixing:
-            draft.notes.append(
-                f"{branch.seed_id} not folded: {mixing[0]} between the two layers would mix host units with new ones"
-            )
-        else:
-            candidates.append(branch)
-    if not candidates:
-        return []
-    if example is None:
-        found = [b for b in candidates if type(b.source) is type(b.target) and single_chain(draft.model, b)]
-    else:
-        found = _traced_chains(draft, candidates, example)
-    for branch in candidates:
-        if not any(branch is other for other in found):
-            draft.notes.append(
-                f"{branch.seed_id} not folded: it is not certain that only the layer it adds to reads its source layer"
-            )
-    return found
-
-
-def _traced_chains(draft: Draft, candidates: list[Branch], example: Example) -> list[Branch]:
-    names = {id(module): name for name, module in draft.model.named_modules()}
-    try:
-        topology = trace(draft.model, lambda: mean_output(draft.model(*example.args, **example.kwargs)))
-    except EsperError as error:
-        draft.notes.append(f"widened layers not folded: the model cannot be traced ({error})")
-        return []
-    layers = {layer.name: layer for layer in topology.layers}
-
-    def alone(branch: Branch) -> bool:
-        path = [names[id(m)] for m in (branch.source, *branch.through, branch.target)]
-        return all(
-            first in layers
-            and layers[first].num_calls == 1
-            and not layers[first].is_output
-            and [edge.target for edge in topology.consumers(first)] == [second]
-            for first, second in pairwise(path)
-        )
-
-    return [branch for branch in candidates if alone(branch)]

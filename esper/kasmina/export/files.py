@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from esper.errors import ExportError, MissingExtraError
 from esper.kasmina.example import Example, kept_example
 from esper.kasmina.export.exporter import export_with_report
-from esper.kasmina.export.graph import dynamic_shapes, exported_program
+from esper.kasmina.export.graph import dynamic_shapes, exported_program, forgo_cache
 from esper.kasmina.export.report import ExportReport
 from esper.kasmina.export.verify import check_batches, difference, outputs_of, tolerance
 
@@ -59,6 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], example_input: Any = No
     if example is None and path.suffix != ".safetensors":
         raise ExportError(f"writing {path.name!r} needs an example input; pass example_input=")
     plain, report = export_with_report(model, example)
+    if path.suffix != ".safetensors":
+        forgo_cache(plain)
     with _replacing(path) as temporary:
         FORMATS[path.suffix](plain, temporary, example, report)
     return report

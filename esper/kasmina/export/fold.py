@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from esper.kasmina.blueprints.dense import LowRank
 from esper.kasmina.blueprints.units import HiddenUnits
 from esper.kasmina.export.draft import Branch, Draft
+from esper.kasmina.export.numbering import adopt_configs, deepen_configs, numbering, renumber
 
 __all__ = ["containers_of", "is_widening", "merge_low_rank", "stack_block", "widen_layers", "widening_groups"]
 
@@ -78,6 +79,8 @@ def containers_of(model: nn.Module, block: nn.Module) -> list[nn.Sequential | nn
 def stack_block(draft: Draft, branch: Branch) -> str | None:
     """Insert a stacked block after its original in the host's container.
 
+    Blocks that know their number are numbered anew, and a config that counts them counts one more.
+
     Returns:
         Why it cannot be inserted, or None when it was.
     """
@@ -90,8 +93,16 @@ def stack_block(draft: Draft, branch: Branch) -> str | None:
     containers = containers_of(draft.model, branch.target)
     if len(containers) != 1:
         return f"its block stands in {len(containers)} containers that run it in order, and one is needed"
-    index = next(i for i, child in enumerate(containers[0].children()) if child is branch.target)
+    blocks = list(containers[0].children())
+    first = numbering(blocks)
+    if first is None:
+        return "its container's blocks carry numbers (layer_idx) that do not count their positions"
+    index = next(i for i, child in enumerate(blocks) if child is branch.target)
     containers[0].insert(index + 1, branch.module)
+    renumber(list(containers[0].children()), first)
+    adopt_configs(branch.module, branch.target)
+    name = next(name for name, module in draft.model.named_modules() if module is containers[0])
+    deepen_configs(draft.model, name, index + 1, len(blocks))
     draft.drop(branch, folded=True)
     return None
 

@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 from esper.errors import ExportError
 from esper.kasmina.example import Example
 from esper.kasmina.export.draft import Branch, Draft
+from esper.kasmina.export.numbering import config_of
 
 __all__ = [
     "capture_graph",
     "capture_program",
     "dynamic_shapes",
     "exported_program",
+    "forgo_cache",
     "needs_esper",
     "place_branches",
     "single_chain",
@@ -81,17 +83,26 @@ def capture_graph(draft: Draft, example: Example | None) -> fx.GraphModule:
 
 
 def capture_program(draft: Draft, example: Example) -> nn.Module:
-    """Capture the model with its branches by ``torch.export``; for evaluation only.
+    """Capture the model with its branches by ``torch.export``; for evaluation only, and without a cache.
 
     Raises:
         ExportError: torch.export cannot capture it.
     """
     if draft.branches:
         draft.adopt()
+    forgo_cache(draft.model)
     with draft.running() as model:
         module = exported_program(model, example).module()
     assert isinstance(module, nn.Module)
     return module
+
+
+def forgo_cache(model: nn.Module) -> None:
+    """Let a transformer run without its cache of keys and values, which is no tensor that a program could return."""
+    for module in model.modules():
+        config = config_of(module)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
 
 
 def exported_program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
