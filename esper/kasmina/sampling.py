@@ -73,7 +73,7 @@ def sample_rows(
     return x.reshape(x.shape[0], units, period)[:, ::step][index // period, :, index % period]
 
 
-def sample_elements(weight: Tensor, max_elements: int = 4096) -> Tensor:
+def sample_elements(weight: Tensor, max_elements: int = 1024) -> Tensor:
     """Copy at most ``max_elements`` strided elements of a weight, ``[m]``."""
     flat = weight.detach().reshape(-1)
     period = weight.shape[-1] if weight.ndim > 1 else 1

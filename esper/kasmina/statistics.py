@@ -5,9 +5,11 @@ end of the step :func:`summarise` turns the samples of all layers into one table
 number of kernels, and :func:`drain` fetches it with a single copy. (On CUDA the eigenvalue solver
 synchronises by itself, so call ``summarise`` where the step ends, not in a hook.)
 
-Legend: L layers, r rows (examples x positions), u units. Everything is computed in float64. Samples that hold
-NaN or inf are counted in ``error_count``; there the values are read as 0 and finite ones are clamped to
-+-1e30, so that every figure stays finite and within the ranges that ``messages.HealthSignal`` demands.
+Legend: L layers, r rows (examples x positions), u units. Samples are scaled to a largest value of 1 and
+worked on in float32, eigenvalues in float64 and on few units: a sampled step should cost little more time and
+memory than another. Samples that hold NaN or inf are counted in ``error_count``; there the values are read as 0 and
+finite ones are clamped to +-1e30, so that every figure stays finite and within the ranges that
+``messages.HealthSignal`` demands.
 An empty sample, and one that is all zero, give 0 everywhere but in ``dead_neuron_ratio`` and ``dormancy``
 of an all-zero sample, which are 1.
 """
@@ -40,7 +42,7 @@ __all__ = [
 
 DORMANT_BELOW = 0.1
 """A unit is dormant when its mean |activation| is at most this share of its layer's mean (ReDo's tau)."""
-MAX_GRAM_UNITS = 64
+MAX_GRAM_UNITS = 32
 """Correlation and rank look at this many units at most: the eigenvalues cost the cube of it."""
 MAX_RATIO = 1e6
 """Ceiling of the signal-to-noise ratio, whose denominator may vanish."""
@@ -55,7 +57,7 @@ class LayerSample:
     Attributes:
         activation: ``[r, u]`` sample of the layer's units after their non-linearity (the consumer's input).
         output_gradient: ``[r, u]`` sample of the loss gradient at the layer's output.
-        gradients: the full gradients of the layer's parameters, any shapes.
+        gradients: the full gradients of the layer's parameters, any shapes; or their norms.
         weight_before: ``[m]`` sample of the weight before the optimizer's step.
         weight_after: ``[m]`` the same elements after it.
     """
@@ -85,7 +87,8 @@ class LayerStatistics(NamedTuple):
 class _Batch(NamedTuple):
     """Samples of several layers padded with zeros, and what of them is real."""
 
-    x: Tensor  # [L, r, u] finite
+    x: Tensor  # [L, r, u] float32, finite, in [-1, 1]
+    scale: Tensor  # [L] float64, what x was divided by
     rows: Tensor  # [L, 1], at least 1
     units: Tensor  # [L, 1], at least 1
     row_mask: Tensor | None  # [L, r, 1], 1.0 or 0.0; None when no layer has rows of padding
@@ -120,35 +123,28 @@ def _summarise(samples: Sequence[LayerSample]) -> Tensor:
     gradients = _pad(
         [empty if s.output_gradient is None else s.output_gradient.to(device) for s in samples],
     )
-    zero = activations.x.new_zeros(())
-    norms = torch.stack([gradient_norm(*s.gradients).to(device) if s.gradients else zero for s in samples])
-    ratios = torch.stack(
-        [
-            zero
-            if s.weight_before is None or s.weight_after is None
-            else _raw_update_ratio(s.weight_before, s.weight_after).to(device)
-            for s in samples
-        ]
-    )
+    norms = _norms([s.gradients for s in samples], device)
+    ratios = _update_ratios([(s.weight_before, s.weight_after) for s in samples], device)
     mean, centred = _centre(activations)
     variance = _variance(activations, centred)
     chosen, deviation = _gram_units(activations, mean, centred, variance)
     magnitude = activations.x.abs_()  # the last use of the signs was the line before
-    rank = _effective_rank(chosen)
+    gram = _gram(chosen)
+    rank = _effective_rank(gram)
     errors = activations.errors + gradients.errors + (~norms.isfinite()) + (~ratios.isfinite())
     columns = [
         _activation_variance(activations, variance),
         _dead_unit_ratio(activations, magnitude),
         _dormancy(activations, magnitude),
-        _correlation(activations, chosen, deviation),
+        _correlation(activations, gram, deviation),
         rank,
         _rank_fraction(activations, rank),
         _finite(norms),
         _gradient_snr(gradients),
         _finite(ratios),
-        errors.to(activations.x.dtype),
+        errors,
     ]
-    return torch.stack(columns, dim=1)
+    return torch.stack([column.double() for column in columns], dim=1)
 
 
 def activation_variance(x: Tensor) -> Tensor:
@@ -178,7 +174,7 @@ def dormancy(x: Tensor) -> Tensor:
 def mean_absolute_correlation(x: Tensor) -> Tensor:
     """Mean |Pearson correlation| of pairs of different units; ``x [r, u]`` -> [0, 1].
 
-    Constant units are left out; fewer than two others, or a single row, give 0. At most 64 units count.
+    Constant units are left out; fewer than two others, or a single row, give 0. At most 32 units count.
     """
     return _single(x, _correlation)
 
@@ -186,21 +182,20 @@ def mean_absolute_correlation(x: Tensor) -> Tensor:
 def effective_rank(x: Tensor) -> Tensor:
     """exp(-sum p log p), p = s / sum s, s the singular values of the centred ``x [r, u]``; 0 if constant.
 
-    Between 0 and min(r - 1, u, 64): units beyond 64 are sampled, so divide by that bound
+    Between 0 and min(r - 1, u, 32): units beyond 32 are sampled, so divide by that bound
     (:func:`rank_fraction`) before comparing layers. Source: Roy & Vetterli, 2007.
     """
-    return _single(x, lambda batch, chosen, deviation: _effective_rank(chosen))
+    return _single(x, lambda batch, gram, deviation: _effective_rank(gram))
 
 
 def rank_fraction(x: Tensor) -> Tensor:
-    """Effective rank over its largest possible value min(r - 1, u, 64); ``x [r, u]`` -> [0, 1]."""
-    return _single(x, lambda batch, chosen, deviation: _rank_fraction(batch, _effective_rank(chosen)))
+    """Effective rank over its largest possible value min(r - 1, u, 32); ``x [r, u]`` -> [0, 1]."""
+    return _single(x, lambda batch, gram, deviation: _rank_fraction(batch, _effective_rank(gram)))
 
 
 def gradient_norm(*gradients: Tensor) -> Tensor:
     """Euclidean norm of all tensors together, as float64; NaN or inf if an element is, or on overflow."""
-    norms = [_norm(g.detach()) for g in gradients]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return _norms([gradients], gradients[0].device)[0]
 
 
 def gradient_snr(gradient: Tensor) -> Tensor:
@@ -218,7 +213,7 @@ def update_ratio(before: Tensor, after: Tensor) -> Tensor:
     The larger norm stands below so that the first step of zero-initialised weights gives 1, not infinity.
     Not finite -> 0 (:func:`summarise` counts it as an error).
     """
-    return _finite(_raw_update_ratio(before, after))
+    return _finite(_update_ratios([(before, after)], before.device)[0])
 
 
 def nonfinite_count(x: Tensor) -> Tensor:
@@ -228,26 +223,44 @@ def nonfinite_count(x: Tensor) -> Tensor:
 
 def _pad(tensors: Sequence[Tensor]) -> _Batch:
     # MPS has neither float64 nor eigvalsh: the small samples are finished on the CPU there.
-    device = torch.device("cpu") if tensors[0].device.type == "mps" else tensors[0].device
+    device = _device_for(tensors[0].device)
     rows = [t.shape[0] if t.numel() else 0 for t in tensors]
     units = [t.shape[1] if t.numel() else 0 for t in tensors]
     num_rows, num_units = max(1, *rows), max(1, *units)
-    x = torch.zeros(len(tensors), num_rows, num_units, dtype=torch.float64, device=device)
+    x = torch.zeros(len(tensors), num_rows, num_units, device=device)
     for layer, tensor in enumerate(tensors):
         if tensor.numel():
-            x[layer, : rows[layer], : units[layer]] = tensor.detach()
-    errors = x.mul(0.0).ne_(0.0).sum((1, 2))  # NaN or inf times 0 is NaN; isfinite takes twice the passes
+            x[layer, : rows[layer], : units[layer]] = _in_range(tensor.detach())
+    scale = x.abs().amax((1, 2))  # of the same speed as a sum; vector_norm takes ten times as long
+    errors = torch.zeros(len(tensors), dtype=torch.long, device=device)
+    if not bool((scale <= _LARGEST).all()):  # NaN is not either; a clean step saves these passes
+        errors = (~x.isfinite()).sum((1, 2))
+        x.nan_to_num_(0.0, 0.0, 0.0).clamp_(-_LARGEST, _LARGEST)
+        scale = x.abs().amax((1, 2))
+    scale = torch.where(scale > 0, scale, 1.0)
     sizes = torch.tensor([rows, units], device=device)[:, :, None]
     return _Batch(
-        x=x.nan_to_num_(0.0, 0.0, 0.0).clamp_(-_LARGEST, _LARGEST),
+        x=x.div_(scale[:, None, None]),
+        scale=scale.double(),
         rows=sizes[0].clamp(min=1),
         units=sizes[1].clamp(min=1),
         row_mask=None
         if min(rows) == num_rows
-        else (torch.arange(num_rows, device=device) < sizes[0]).unsqueeze(2).double(),
+        else (torch.arange(num_rows, device=device) < sizes[0]).unsqueeze(2).float(),
         unit_mask=torch.arange(num_units, device=device) < sizes[1],
-        errors=errors.long(),
+        errors=errors,
     )
+
+
+def _device_for(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Bring finite float64 values into the range of float32, where NaN and inf stay what they are."""
+    if x.dtype != torch.float64:
+        return x
+    return torch.where(x.isfinite(), x.clamp(-_LARGEST, _LARGEST), x)
 
 
 def _centre(batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -257,7 +270,7 @@ def _centre(batch: _Batch) -> tuple[Tensor, Tensor]:
 
 
 def _variance(batch: _Batch, centred: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(centred, dim=1).square() / batch.rows
+    return centred.square().sum(1) / batch.rows
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -269,7 +282,7 @@ def _share(condition: Tensor, batch: _Batch) -> Tensor:
 
 
 def _activation_variance(batch: _Batch, variance: Tensor) -> Tensor:
-    return variance.sum(1) / batch.units[:, 0]
+    return batch.scale.square() * variance.sum(1) / batch.units[:, 0]
 
 
 def _dead_unit_ratio(batch: _Batch, magnitude: Tensor) -> Tensor:
@@ -283,9 +296,9 @@ def _dormancy(batch: _Batch, magnitude: Tensor) -> Tensor:
 
 
 def _gram_units(batch: _Batch, mean: Tensor, centred: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick <= 64 units of each layer: centred ``[L, r, v]``, standard deviation ``[L, v]``, 0 if constant."""
-    # Rounding leaves a constant unit a relative variance near 1e-16; below 1e-12 it counts as constant.
-    deviation = torch.where(variance > 1e-12 * (mean.square() + variance), variance, 0.0).sqrt()
+    """Pick <= 32 units of each layer: centred ``[L, r, v]``, standard deviation ``[L, v]``, 0 if constant."""
+    # Rounding leaves a constant unit a relative variance near 1e-14; below 1e-11 it counts as constant.
+    deviation = torch.where(variance > 1e-11 * (mean.square() + variance), variance, 0.0).sqrt()
     if centred.shape[2] > MAX_GRAM_UNITS:
         index = torch.arange(MAX_GRAM_UNITS, device=centred.device)
         spread = torch.where(batch.units > MAX_GRAM_UNITS, index * batch.units // MAX_GRAM_UNITS, index)
@@ -294,18 +307,20 @@ def _gram_units(batch: _Batch, mean: Tensor, centred: Tensor, variance: Tensor) 
     return centred * (deviation > 0).unsqueeze(1), deviation
 
 
-def _correlation(batch: _Batch, chosen: Tensor, deviation: Tensor) -> Tensor:
-    standard = chosen / torch.where(deviation > 0, deviation, 1.0).unsqueeze(1)
-    pairs = (standard.transpose(1, 2) @ standard).abs_().sum((1, 2)) / batch.rows[:, 0]
+def _gram(chosen: Tensor) -> Tensor:
+    """``[L, r, v]`` -> ``[L, v, v]`` float64: rounding shows in small singular values by its square root."""
+    exact = chosen.double()
+    return exact.transpose(1, 2) @ exact
+
+
+def _correlation(batch: _Batch, gram: Tensor, deviation: Tensor) -> Tensor:
+    inverse = torch.where(deviation > 0, 1.0 / deviation, 0.0).double()
+    pairs = (gram * inverse[:, :, None] * inverse[:, None, :]).abs_().sum((1, 2)) / batch.rows[:, 0]
     count = (deviation > 0).sum(1)
     return ((pairs - count) / (count * (count - 1)).clamp(min=1)).clamp(0.0, 1.0)
 
 
-def _effective_rank(chosen: Tensor) -> Tensor:
-    wide = chosen.shape[1] < chosen.shape[2]
-    # Scaling to a largest element of 1 keeps squares of tiny or huge activations in range.
-    scaled = chosen / chosen.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
-    gram = scaled @ scaled.transpose(1, 2) if wide else scaled.transpose(1, 2) @ scaled
+def _effective_rank(gram: Tensor) -> Tensor:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt()
     total = singular.sum(1, keepdim=True)
     p = singular / total.clamp(min=1e-300)
@@ -319,28 +334,50 @@ def _rank_fraction(batch: _Batch, rank: Tensor) -> Tensor:
 
 def _gradient_snr(batch: _Batch) -> Tensor:
     mean, centred = _centre(batch)
-    signal = torch.linalg.vector_norm(mean, dim=1)
+    signal = mean.square().sum(1).sqrt()
     rows = batch.rows[:, 0]
-    noise = torch.linalg.vector_norm(centred, dim=(1, 2)) / (rows * (rows - 1)).clamp(min=1).sqrt()
-    ratio = (signal / noise.clamp(min=1e-300)).clamp(max=MAX_RATIO)
+    noise = (centred.square().sum((1, 2)) / (rows * (rows - 1)).clamp(min=1)).sqrt()
+    ratio = (signal / noise.clamp(min=1e-30)).clamp(max=MAX_RATIO)
     return torch.where((rows > 1) & (signal > 0), ratio, 0.0)
 
 
-def _raw_update_ratio(before: Tensor, after: Tensor) -> Tensor:
-    before, after = before.detach(), after.detach()
-    change, old, new = (_norm(t) for t in (after - before, before, after))
+def _norms(tensors: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """Euclidean norm of each group of tensors together, ``[L]`` float64; 0 for an empty group."""
+    device = _device_for(device)
+    flat = [_norm(tensor.detach()).to(device) for group in tensors for tensor in group]
+    result = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    if flat:
+        owner = torch.tensor([i for i, group in enumerate(tensors) for _ in group], device=device)
+        result.index_add_(0, owner, torch.stack(flat).double().square())
+    return result.sqrt()
+
+
+def _update_ratios(pairs: Sequence[tuple[Tensor | None, Tensor | None]], device: torch.device) -> Tensor:
+    """|after - before| / max(|before|, |after|) of each pair, ``[L]`` float64; 0 where one is missing."""
+    before, after = (_stack_flat([pair[side] for pair in pairs], device) for side in (0, 1))
+    change, old, new = (torch.linalg.vector_norm(t, dim=1).double() for t in (after - before, before, after))
     larger = torch.maximum(old, new)
     return change / torch.where(larger > 0, larger, 1.0) + 0.0 * larger  # NaN and inf show in either term
 
 
+def _stack_flat(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    longest = max(1, *(0 if t is None else t.numel() for t in tensors))
+    rows = torch.zeros(len(tensors), longest, device=_device_for(device))
+    for row, tensor in zip(rows, tensors, strict=True):
+        if tensor is not None:
+            row[: tensor.numel()] = _in_range(tensor.detach()).flatten()
+    return rows
+
+
 def _norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    # MPS has no float64; the table lives on the CPU there (see _pad).
-    return (norm.cpu() if norm.device.type == "mps" else norm).double()
+    """Norm of one tensor; of a single number its absolute value, in whatever precision it has."""
+    if x.dim() == 0:
+        return x.abs()
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _single(x: Tensor, statistic: Callable[[_Batch, Tensor, Tensor], Tensor]) -> Tensor:
     batch = _pad([x])
     mean, centred = _centre(batch)
     chosen, deviation = _gram_units(batch, mean, centred, _variance(batch, centred))
-    return statistic(batch, chosen, deviation)[0]
+    return statistic(batch, _gram(chosen), deviation)[0]
