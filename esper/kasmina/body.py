@@ -15,6 +15,8 @@ from esper.kasmina.find_sites import context_of, find_sites
 from esper.kasmina.layer import SeedLayer, observed, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.pricing import Prices
+from esper.kasmina.reasons import why_no_site
+from esper.kasmina.sample_dims import measure_sample_dims
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import Site
 from esper.kasmina.structure import (
@@ -50,23 +52,18 @@ class Body:
 
     def __init__(self, model: nn.Module, topology: ModelTopology, *, seed: int = 0) -> None:
         self.model = model
-        self.topology = topology
-        self.refused = dict(topology.refused)
+        self.topology: ModelTopology
+        self.sites: list[Site]
+        self.refused: dict[str, str]
         self.on_change: Callable[[], None] | None = None
         self.seed = seed
-        self.sites = find_sites(model, topology)
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
         self._health: Sequence[HealthSignal] = ()
-        self._prices = Prices(model, topology)
         self._named: list[Site] = []
         self._by_name: dict[str, Site] = {}
         self._index = SeedIndex()
         self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
-        for site in self.sites:
-            self.refused.pop(site.target, None)
-            swap_class(model.get_submodule(site.target), functional=site.functional)
-            if not site.functional:
-                swap_class(model.get_submodule(site.source))
+        self._settle(topology)
         follow_state_dict(model)
         for planted in self.seeds:
             planted.bind(self)
@@ -186,6 +183,18 @@ class Body:
         register_parameters(list(optimizers), new, anchors)
         return len(new)
 
+    def measure_layout(self, run: Callable[[Any], Any], batch: Any) -> None:
+        """Find out which dimension of each layer's tensors counts samples; once, between two steps.
+
+        Sites and blueprints that mixed samples, or met another number of rows, are given up.
+
+        Args:
+            run: Runs the model on a batch of the structure of ``batch``.
+            batch: Some samples: tensors in any nesting of tuples, lists and dicts.
+        """
+        if not self.topology.layout_measured:
+            self._settle(measure_sample_dims(self.model, self.topology, run, batch))
+
     def check_evaluation(self, run: Callable[[], Any]) -> None:
         """Find layers that an evaluation pass skips, and give up their sites.
 
@@ -199,13 +208,15 @@ class Body:
             self.model.eval()
             run()
         functional = {site.target for site in self.sites if site.functional}
+        skipped = set()
         for name, module in counted:
             if module not in counter.called and name not in functional:
+                skipped.add(name)
                 self.refused[name] = (
                     "never called in evaluation: a fused fast path skips it, so validation would not see a seed; "
                     "seed the block around it instead"
                 )
-        self.sites = [s for s in self.sites if s.target not in self.refused and s.source not in self.refused]
+        self.sites = [s for s in self.sites if s.target not in skipped and s.source not in skipped]
 
     def manifest(self) -> list[SeedState]:
         """The record of every seed: all of it but the weights."""
@@ -232,6 +243,18 @@ class Body:
         self.seed = int(state["seed"])
         for seed in self.seeds:
             seed.bind(self)
+
+    def _settle(self, topology: ModelTopology) -> None:
+        """Find the sites of ``topology`` and let their layers carry seeds."""
+        self.topology = topology
+        self.sites = find_sites(self.model, topology)
+        self.refused = dict(topology.refused) | why_no_site(self.model, topology, self.sites)
+        self._prices = Prices(self.model, topology)
+        for site in self.sites:
+            self.refused.pop(site.target, None)
+            swap_class(self.model.get_submodule(site.target), functional=site.functional)
+            if not site.functional:
+                swap_class(self.model.get_submodule(site.source))
 
     def _tell(self) -> None:
         if self.on_change is not None:
@@ -289,14 +312,14 @@ def attach(
     if any(isinstance(module, SeedLayer) for module in model.modules()) and not has_seeds(model):
         raise AttachError("this model is attached already; call esper.detach(model) first")
 
-    def run() -> Any:
-        if isinstance(example_input, Mapping):
-            return model(**example_input)
-        return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    def run(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
 
-    topology = trace(model, lambda: (loss or mean_output)(run()))
-    body = Body(model, topology, seed=seed)
-    body.check_evaluation(run)
+    topology = trace(model, lambda: (loss or mean_output)(run(example_input)))
+    body = Body(model, measure_sample_dims(model, topology, run, example_input), seed=seed)
+    body.check_evaluation(lambda: run(example_input))
     return body
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from esper.kasmina.activations import is_activation
 from esper.kasmina.blueprints import fitting
+from esper.kasmina.reasons import why_not_stacked
 from esper.kasmina.sites import BuildContext, Site, site_name
 from esper.kasmina.topology import LayerInfo, ModelTopology
 
@@ -50,9 +51,13 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
         known = candidates.get(site.name)
         _add(candidates, structs.replace(known, long=True) if known else site)
     for layer in usable.values():
-        if layer.output_projections:
+        if layer.output_projections and why_not_stacked(model, layer) is None:
             _add(candidates, _site("stack", layer, layer))
-    together = [site for site in candidates.values() if site.functional or _in_one_region(topology, site)]
+    together = [
+        site
+        for site in candidates.values()
+        if site.functional or (_in_one_region(topology, site) and _same_rows(topology, site))
+    ]
     return [site for site in (_fitted(model, topology, site) for site in together) if site.blueprints]
 
 
@@ -65,6 +70,19 @@ def context_of(model: nn.Module, topology: ModelTopology, site: Site) -> BuildCo
 def _in_one_region(topology: ModelTopology, site: Site) -> bool:
     """Whether gradient checkpointing computes source and target again together (:mod:`esper.kasmina.recompute`)."""
     return topology.layer(site.source).region == topology.layer(site.target).region
+
+
+def _same_rows(topology: ModelTopology, site: Site) -> bool:
+    """Whether source and target always have as many rows: samples, and vectors a sample where both have several.
+
+    A graph's nodes become one row a graph, windows of an image one row an image; the tokens of an encoder
+    are not those of the decoder, even in a batch in which there happen to be as many.
+    """
+    source, target = topology.layer(site.source), topology.layer(site.target)
+    if source.input_rows and target.output_rows and source.input_rows != target.output_rows:
+        return False
+    several = len(site.source_shape) == 2 and len(site.target_shape) == 2
+    return not several or source.input_lengths == target.output_lengths
 
 
 def _fitted(model: nn.Module, topology: ModelTopology, site: Site) -> Site:
@@ -96,6 +114,8 @@ def _site(
         through=through,
         long=long,
         image=target.image,
+        source_samples=source.input_samples,
+        target_samples=target.output_samples,
     )
 
 

@@ -146,6 +146,10 @@ def _width(shape: tuple[int, ...]) -> int:
     return shape[-1] if len(shape) < 3 else shape[0] * min(_POOLED, shape[1]) * min(_POOLED, shape[2])
 
 
+def _samples_first(x: Tensor, samples: int | None) -> Tensor:
+    return x if not samples else x.movedim(samples, 0)
+
+
 def _rows(
     body: Body, site: Site, captures: dict[str, _Capture], grad: Tensor, max_samples: int
 ) -> SiteRows | None:
@@ -155,6 +159,8 @@ def _rows(
     if not isinstance(x, Tensor) or not isinstance(own, Tensor):
         return None
     conv = isinstance(target, nn.Conv2d)
+    x = _samples_first(x, site.source_samples)
+    own, grad = _samples_first(own, site.target_samples), _samples_first(grad, site.target_samples)
     grid = tuple(grad.shape[2:] if conv else grad.shape[1:-1])
     plan = plan_rows(grad.shape[0], grid, max_samples)
     G = -grad.shape[0] * plan.rows(grad, channels_first=conv)

@@ -27,8 +27,8 @@ class Site(msgspec.Struct, frozen=True):
         kind: ``parallel`` (source is target), ``bypass`` (over a non-linearity) or ``stack``.
         source: Qualified name of the layer whose input the seed reads.
         target: Qualified name of the layer to whose output the seed adds.
-        source_shape: Shape of the source tensor without its batch dimension.
-        target_shape: Shape of the target output without its batch dimension.
+        source_shape: Shape of one sample of the source tensor.
+        target_shape: Shape of one sample of the target output.
         ops: What lies between source layer and target layer, in order, as ``relu`` or
             ``leaky_relu:0.01``; empty for ``parallel`` and ``stack``.
         through: Parameterised layers between the two (a BatchNorm), by name.
@@ -36,6 +36,8 @@ class Site(msgspec.Struct, frozen=True):
         functional: The target's weight is used without calling it; seeds act on the weight.
         image: The target's output is a feature map [channels, height, width].
         blueprints: Names of the registered blueprints that fit here.
+        source_samples: Dimension of the source tensor that counts samples; None where it is not known.
+        target_samples: The same of the target output.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Site(msgspec.Struct, frozen=True):
     functional: bool = False
     image: bool = False
     blueprints: tuple[str, ...] = ()
+    source_samples: int | None = 0
+    target_samples: int | None = 0
 
     @property
     def positions(self) -> int:

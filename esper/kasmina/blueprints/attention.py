@@ -44,25 +44,32 @@ class CausalHead(nn.Module):
     Scores, softmax and mixture in one head of width d; the input is normalised without parameters, since
     a layer's raw output may have any scale. Source: Vaswani et al. 2017, arXiv 1706.03762.
 
+    Args:
+        units: C.
+        width: d.
+        samples: Dimension that counts samples: 0 or 1.
+
     Shape:
-        y: (B, T, C), batch first; output the same.
+        y: (B, T, C), or (T, B, C) with ``samples=1``; output the same.
     """
 
-    def __init__(self, units: int, width: int) -> None:
+    def __init__(self, units: int, width: int, samples: int = 0) -> None:
         super().__init__()
-        self.units, self.width = units, width
+        self.units, self.width, self.samples = units, width, samples
         self.qkv = nn.Linear(units, 3 * width, bias=False)
         self.out = zero(nn.Linear(width, units, bias=False))
 
     def forward(self, y: Tensor) -> Tensor:
         """Return what each token takes from those before it."""
+        if self.samples == 1:
+            y = y.transpose(0, 1)
         q, k, v = self.qkv(F.layer_norm(y, (self.units,))).split(self.width, dim=-1)
         tokens = y.shape[1]
         later = y.new_ones((tokens, tokens), dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(1, 2)) * self.width**-0.5
         mixed = scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v
         result: Tensor = self.out(mixed)
-        return result
+        return result.transpose(0, 1) if self.samples == 1 else result
 
 
 def _reason(context: BuildContext) -> str | None:
@@ -75,6 +82,8 @@ def _reason(context: BuildContext) -> str | None:
         return (
             f"its output should be a feature map or a sequence of vectors, but has shape {site.target_shape}"
         )
+    if site.target_samples is None:
+        return "it is not known which dimension of its output counts samples, so tokens of different ones might be mixed"
     if site.target_shape[0] < 2:
         return "a sequence of one token has nothing to attend to"
     if site.target_shape[1] < 2:
@@ -90,5 +99,7 @@ def _size(context: BuildContext) -> int:
 @blueprint("attention", kinds=("parallel",), reads="output", default_size=_size, accepts=_reason)
 def attention(context: BuildContext, size: int) -> nn.Module:
     """Squeeze-excite with ``size`` hidden units at a feature map; a causal head that wide at tokens."""
-    units = context.site.target_units
-    return SqueezeExcite(units, size) if context.site.image else CausalHead(units, size)
+    site = context.site
+    if site.image:
+        return SqueezeExcite(site.target_units, size)
+    return CausalHead(site.target_units, size, site.target_samples or 0)

@@ -36,6 +36,11 @@ def not_between_linears(context: BuildContext) -> str | None:
         return (
             f"the source's positions {site.source_shape[:-1]} are not the target's {site.target_shape[:-1]}"
         )
+    if site.source_samples != site.target_samples:
+        return (
+            f"the source has samples in dimension {site.source_samples}, the target in {site.target_samples}, so their "
+            "positions do not match"
+        )
     return None
 
 

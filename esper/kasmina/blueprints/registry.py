@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.errors import GrowthError
-from esper.kasmina.sites import BuildContext, SiteKind
+from esper.kasmina.sites import BuildContext, Site, SiteKind
 
 __all__ = ["Blueprint", "Cost", "blueprint", "cost", "fitting", "get_blueprint", "names"]
 
@@ -143,15 +143,16 @@ def cost(entry: Blueprint, context: BuildContext, size: int) -> Cost:
     if entry.reads == "block":
         # A block may need masks that only its host can give, so it is not run.
         return Cost(parameters, 2 * _positions(context) * _matrix_elements(branch))
-    shape = site.source_shape if entry.reads == "source" else site.target_shape
+    reads_source = entry.reads == "source"
+    shape = _with_sample(*((site.source_shape, site.source_samples) if reads_source else _target(site)))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         if site.functional:
             given = branch.delta_weight().shape  # type: ignore[operator]
             wanted = context.target_layer._parameters["weight"].shape  # type: ignore[union-attr]
         else:
-            given = branch(torch.empty((1, *shape), device="meta")).shape
-            wanted = torch.Size((1, *site.target_shape))
+            given = branch(torch.empty(shape, device="meta")).shape
+            wanted = torch.Size(_with_sample(*_target(site)))
     if given != wanted:
         raise GrowthError(
             f"blueprint {entry.name!r} at site {site.name!r}: its branch should give shape {tuple(wanted)}, "
@@ -179,6 +180,16 @@ def make_branch(entry: Blueprint, context: BuildContext, size: int, *, device: t
     with device:
         branch = entry.build(context, size)
     return branch.to(device)
+
+
+def _target(site: Site) -> tuple[tuple[int, ...], int | None]:
+    return site.target_shape, site.target_samples
+
+
+def _with_sample(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+    """The shape of a batch of one sample."""
+    at = dim or 0
+    return (*shape[:at], 1, *shape[at:])
 
 
 def _sized(default: int | Callable[[BuildContext], int]) -> Callable[[BuildContext], int]:

@@ -21,11 +21,22 @@ _POOLED_SIDE = 4
 
 
 class MeanOverTokens(nn.Module):
-    """Average all positions of a sequence: (B, T, p) to (B, p)."""
+    """Average all positions of a sequence: (B, T, p) to (B, p), or (T, B, p) where samples come second.
+
+    Args:
+        samples: Dimension that counts samples: 0 or 1.
+    """
+
+    def __init__(self, samples: int = 0) -> None:
+        super().__init__()
+        self.samples = samples
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mean over dimension 1."""
-        return x.mean(dim=1)
+        """Return the mean over the dimension that counts tokens."""
+        return x.mean(dim=1 - self.samples)
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}"
 
 
 def _from_image(context: BuildContext) -> bool:
@@ -33,6 +44,13 @@ def _from_image(context: BuildContext) -> bool:
     return len(context.site.source_shape) == 3 and not isinstance(
         context.source_layer, (nn.Linear, nn.LayerNorm)
     )
+
+
+_UNKNOWN = "it is not known which dimension of its source counts samples, so tokens cannot be averaged"
+_APART = (
+    "its source has samples in dimension {site.source_samples}, its target in dimension {site.target_samples}, "
+    "so their positions do not match"
+)
 
 
 def _reason(context: BuildContext) -> str | None:
@@ -53,8 +71,10 @@ def _reason(context: BuildContext) -> str | None:
             if len(target) == 1
             else f"an image cannot be laid out over the target's positions {target[:-1]}"
         )
-    if source[:-1] == target[:-1] or (len(source) == 2 and len(target) == 1):
-        return None
+    if len(source) == 2 and len(target) == 1:
+        return None if site.source_samples is not None else _UNKNOWN
+    if source[:-1] == target[:-1]:
+        return None if site.source_samples == site.target_samples else _APART.format(site=site)
     return f"positions {source[:-1]} of the source do not match {target[:-1]} of the target"
 
 
@@ -101,7 +121,7 @@ def shortcut(context: BuildContext, size: int) -> nn.Sequential:
         cells = (min(_POOLED_SIDE, height), min(_POOLED_SIDE, width))
         steps += [nn.AdaptiveAvgPool2d(cells), nn.Flatten()] if dense else [_resize(context)]
     elif len(context.site.source_shape) > len(context.site.target_shape):
-        steps.append(MeanOverTokens())
+        steps.append(MeanOverTokens(context.site.source_samples or 0))
     widths = (inputs, outputs) if size >= min(inputs, outputs) else (inputs, size, outputs)
     for index in range(len(widths) - 1):
         layer = _pointwise(dense, widths[index], widths[index + 1])

@@ -1,0 +1,83 @@
+"""Why a layer has no site, in words that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from esper.kasmina.layer import SEEDS, base_class
+from esper.kasmina.sites import Site
+from esper.kasmina.topology import LayerInfo, ModelTopology
+
+__all__ = ["why_no_site", "why_not_stacked"]
+
+_SHOWN = 3
+
+
+def why_no_site(model: nn.Module, topology: ModelTopology, sites: Iterable[Site]) -> dict[str, str]:
+    """Explain every traced layer at whose output no seed can stand.
+
+    Args:
+        model: The host.
+        topology: As traced from it; layers that it refuses itself keep the reason given there.
+        sites: As :func:`esper.kasmina.find_sites.find_sites` found them.
+
+    Returns:
+        Layer name -> what it is, as the end of a sentence "... was refused, because it is".
+    """
+    targets = {site.target for site in sites}
+    reasons = {}
+    for layer in topology.layers:
+        if layer.name in targets or layer.name in topology.refused:
+            continue
+        if layer.block:
+            reason = why_not_stacked(model, layer) if layer.output_projections else None
+        elif f"{layer.name}.out_proj" in targets:
+            continue
+        else:
+            reason = _why_not_grown(model, layer)
+        if reason is not None:
+            reasons[layer.name] = reason
+    return reasons
+
+
+def _why_not_grown(model: nn.Module, layer: LayerInfo) -> str:
+    if layer.num_calls > 1:
+        return f"called {layer.num_calls} times in one forward pass: a seed would run each time"
+    cls = base_class(model.get_submodule(layer.name))
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if name.startswith("torch.nn.modules."):
+        name = f"nn.{cls.__qualname__}"
+    return f"of type {name}, for which there is no blueprint"
+
+
+def why_not_stacked(model: nn.Module, layer: LayerInfo) -> str | None:
+    """Why no copy of a residual block can run behind it; None where one can.
+
+    A list of blocks is run in order by its host, which may tell different layers in it apart by their place,
+    and may hand on what one block computes for all.
+    """
+    path, _, _ = layer.name.rpartition(".")
+    container = model.get_submodule(path) if path else model
+    if not isinstance(container, nn.ModuleList):
+        return None
+    block = model.get_submodule(layer.name)
+    others = [child for child in container.children() if child is not block]
+    if any(base_class(other) is not base_class(block) for other in others):
+        return (
+            f"one of several different layers in the list {path!r}, which its host tells apart by their place; stack "
+            "the block around it"
+        )
+    own = _parameter_names(block)
+    extra = sorted(own.difference(*(_parameter_names(other) for other in others))) if others else []
+    if extra:
+        return (
+            f"unlike the other blocks in {path!r}: it alone holds {', '.join(extra[:_SHOWN])}, and computes with it "
+            "what the others are given; stack one of them"
+        )
+    return None
+
+
+def _parameter_names(block: nn.Module) -> set[str]:
+    return {name for name, _ in block.named_parameters() if SEEDS not in name.split(".")}
