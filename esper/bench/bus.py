@@ -2,7 +2,7 @@
 
 A sender in a process of its own publishes batches of 64 signals; the reader here decodes, validates and
 collects them. The sender's work on each message begins with what the probes have in hand at the end of a
-sampled step (a table of statistics and lists of Python numbers), goes through the calls that a training run
+sampled step (a table of statistics, arrays and lists of Python numbers), goes through the calls that a training run
 makes, and numbers every message anew. The raw arm sends frames of the same bytes, ready made, through a bare
 PUB socket to a bare SUB socket that drops them unread. A PUB socket that outruns its reader loses messages,
 which would reward whoever sends faster than the other reads; so in both arms the reader counts what it has
@@ -55,6 +55,11 @@ _WINDOW = (
 _STRIDE = 32  # batches between two looks at the shared counters
 _TURNS = 3
 _SENT = np.array([0, 1, 2, 3, 4, 6, 7, 8])  # the statistics that stand in a signal; 9 is the error count
+
+_IDS = (
+    tuple(f"model.blocks.{index // 2}.linear" for index in range(SIGNALS_PER_BATCH)),
+    tuple(f"seed-{index // 2}" if index % 2 else "" for index in range(SIGNALS_PER_BATCH)),
+)
 
 Transport = Literal["ipc", "tcp"]
 
@@ -277,14 +282,14 @@ class _Step:
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed).random
-        self.layer_ids = [f"model.blocks.{index // 2}.linear" for index in range(SIGNALS_PER_BATCH)]
-        self.seed_ids = [f"seed-{index // 2}" if index % 2 else "" for index in range(SIGNALS_PER_BATCH)]
+        self.layer_ids, self.seed_ids = _IDS
         scales = (4.0, 1.0, 1.0, 1.0, 60.0, 1.0, 1.0, 10.0, 1e-3, 0.0)
         # [n, 10] float64 in the order of esper.kasmina.statistics.LayerStatistics: a tensor's memory there
         self.statistics = np.array([[scale * draw() for scale in scales] for _ in self.layer_ids])
-        self.scores, self.health, self.latencies_ms = ([draw() for _ in self.layer_ids] for _ in range(3))
+        self.scores, self.latencies_ms = ([draw() for _ in self.layer_ids] for _ in range(2))
+        self.health = np.array([draw() for _ in self.layer_ids])
         self.ready = [bool(seed_id) for seed_id in self.seed_ids]
-        self.active, self.total = [1] * SIGNALS_PER_BATCH, [1] * SIGNALS_PER_BATCH
+        self.active, self.total = np.ones((2, SIGNALS_PER_BATCH), dtype=np.uint64)
 
     def batch(self, step: int) -> SignalBatch:
         """Turn it into a message, as ``ProbeRunner.end`` and ``Recorder.signals`` do."""

@@ -1,12 +1,17 @@
-"""One number in [0, 1] for how well a layer works: :func:`health_score`."""
+"""One number in [0, 1] for how well a layer works: :func:`health_score`, or of all at once."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from esper.errors import ConfigError
 
-__all__ = ["RANK_ENOUGH", "SCORE_FLOOR", "UPDATE_BAND", "WEIGHTS", "health_score"]
+__all__ = ["RANK_ENOUGH", "SCORE_FLOOR", "UPDATE_BAND", "WEIGHTS", "health_score", "health_scores"]
+
+Column = NDArray[np.float64]
 
 WEIGHTS = {"alive": 0.30, "active": 0.25, "rank": 0.20, "gradient": 0.15, "update": 0.10}
 """Exponents of the five sub-scores; they sum to 1."""
@@ -62,30 +67,45 @@ def health_score(
     _check("dead_neuron_ratio", dead_neuron_ratio, 1.0)
     _check("dormancy", dormancy, 1.0)
     _check("error_count", error_count, math.inf)
-    scores = {"alive": 1.0 - dead_neuron_ratio, "active": max(SCORE_FLOOR, 1.0 - dormancy)}
     if rank_fraction is not None:
         _check("rank_fraction", rank_fraction, 1.0)
-        scores["rank"] = _clip(rank_fraction / RANK_ENOUGH)
     if gradient_snr is not None:
         _check("gradient_snr", gradient_snr, math.inf)
-        scores["gradient"] = _clip(gradient_snr)
     if update_ratio is not None:
         _check("update_ratio", update_ratio, math.inf)
-        scores["update"] = _clip(1.0 - _decades_outside(update_ratio) / 3.0)
-    if error_count > 0:
-        return 0.0
-    return min(1.0, math.prod(score ** WEIGHTS[name] for name, score in scores.items()))
+    columns = [
+        np.array([math.nan if value is None else value], dtype=np.float64)
+        for value in (dead_neuron_ratio, dormancy, rank_fraction, gradient_snr, update_ratio, error_count)
+    ]
+    return float(health_scores(*columns)[0])
 
 
-def _clip(score: float) -> float:
-    return min(1.0, max(SCORE_FLOOR, score))
+def health_scores(
+    dead_neuron_ratio: Column,
+    dormancy: Column,
+    rank_fraction: Column,
+    gradient_snr: Column,
+    update_ratio: Column,
+    error_count: Column,
+) -> Column:
+    """:func:`health_score` of many layers at once; each argument ``[L]`` float64, NaN where not measured.
 
-
-def _decades_outside(ratio: float) -> float:
-    low, high = UPDATE_BAND
-    if ratio <= 0.0:
-        return math.inf
-    return max(0.0, math.log10(low) - math.log10(ratio), math.log10(ratio) - math.log10(high))
+    Returns:
+        ``[L]`` in [0, 1]. Ranges are not looked at: ``esper.kasmina.statistics`` keeps to them.
+    """
+    low, high = np.log10(UPDATE_BAND)
+    decade = np.log10(np.maximum(update_ratio, 1e-300))
+    outside = np.maximum(0.0, np.maximum(low - decade, decade - high))
+    score = (1.0 - dead_neuron_ratio) ** WEIGHTS["alive"]
+    score *= np.maximum(SCORE_FLOOR, 1.0 - dormancy) ** WEIGHTS["active"]
+    for name, sub_score in (
+        ("rank", rank_fraction / RANK_ENOUGH),
+        ("gradient", gradient_snr),
+        ("update", 1.0 - outside / 3.0),
+    ):
+        # fmin and fmax pass NaN over: what was not measured counts as 1
+        score *= np.fmax(SCORE_FLOOR, np.fmin(1.0, sub_score)) ** WEIGHTS[name]
+    return np.where(error_count > 0, 0.0, np.minimum(1.0, score))
 
 
 def _check(name: str, value: float, largest: float) -> None:

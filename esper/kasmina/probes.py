@@ -6,17 +6,20 @@ the layers carry nothing and cost nothing. Nothing is fetched from the device be
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from esper.kasmina.body import Body
 from esper.kasmina.eager import EagerMode
-from esper.kasmina.health import health_score
+from esper.kasmina.health import health_scores
 from esper.kasmina.layer import SeedLayer, primary, seeds_of, set_observer
 from esper.kasmina.sampling import sample_elements, sample_rows
 from esper.kasmina.seed import Seed
@@ -34,6 +37,7 @@ _SENT = [
 ]
 """Which statistics stand in a signal, in its order; the rank's fraction serves the health score only."""
 _ERRORS = LayerStatistics._fields.index("error_count")
+_HEALTH = tuple(inspect.signature(health_scores).parameters)
 
 
 @dataclass
@@ -66,6 +70,17 @@ class _Probe:
         self.output_gradient = sample_rows(grad, channels_first=conv)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Whose signals a table holds, and how many seeds each of them has."""
+
+    key: tuple[Any, ...]
+    layer_ids: tuple[str, ...]
+    seed_ids: tuple[str, ...]
+    active_seeds: NDArray[np.uint64]
+    total_seeds: NDArray[np.uint64]
+
+
 class ProbeRunner:
     """Takes the health of a body's dense layers and seeds over one training step.
 
@@ -80,6 +95,7 @@ class ProbeRunner:
         self._body = body
         self._probes: dict[str, _Probe] = {}
         self._seed_gradients: dict[str, list[Tensor]] = {}
+        self._layout: _Layout | None = None
         self._eager = EagerMode()
         self.latency_ms = 0.0
 
@@ -168,30 +184,42 @@ class ProbeRunner:
                 activation_variance=figure.activation_variance,
             )
         scores, open_gates = scores or {}, set(ready)
-        of_layer = [[seed for seed in seeds_of(p.layer) if isinstance(seed, Seed)] for p in probes.values()]
+        layout = self._layout_of(probes, seeds)
         columns = statistics.T.numpy()
         table = SignalTable.of_step(
-            [*probes, *(seed.site.target for seed in seeds)],
-            [""] * len(probes) + [seed.seed_id for seed in seeds],
+            layout.layer_ids,
+            layout.seed_ids,
             step=step,
             epoch=epoch,
             timestamp=time.time(),
             statistics=columns.take(_SENT, 0),
             expressivity=[scores.get(name, 0.0) for name in probes] + [0.0] * len(seeds),
             ready=[False] * len(probes) + [seed.seed_id in open_gates for seed in seeds],
-            health=[
-                *map(_layer_health, probes.values(), figures),
-                *map(_seed_health, figures[len(probes) :]),
-            ],
+            health=_health(columns, [bool(probe.gradient_norms) for probe in probes.values()]),
             latency_ms=[probe.latency_ms for probe in probes.values()] + [0.0] * len(seeds),
             error_count=columns[_ERRORS],
-            active_seeds=[*map(_num_active, of_layer), *(_num_active([seed]) for seed in seeds)],
-            total_seeds=[*map(len, of_layer), *(1 for _ in seeds)],
+            active_seeds=layout.active_seeds,
+            total_seeds=layout.total_seeds,
         )
         self.cancel()
         self._body.keep_health(table)
         self.latency_ms += (time.perf_counter() - started) * 1e3
         return table
+
+    def _layout_of(self, probes: Mapping[str, _Probe], seeds: Sequence[Seed]) -> _Layout:
+        """What stays the same from step to step until a seed comes, goes or changes its stage."""
+        on_layers = [[seed for seed in seeds_of(p.layer) if isinstance(seed, Seed)] for p in probes.values()]
+        key = (*probes, *((seed.seed_id, seed.stage) for group in (*on_layers, seeds) for seed in group))
+        if self._layout is None or self._layout.key != key:
+            groups = [*on_layers, *([seed] for seed in seeds)]
+            self._layout = _Layout(
+                key=key,
+                layer_ids=(*probes, *(seed.site.target for seed in seeds)),
+                seed_ids=("",) * len(probes) + tuple(seed.seed_id for seed in seeds),
+                active_seeds=np.array([*map(_num_active, groups)], dtype=np.uint64),
+                total_seeds=np.array([*map(len, groups)], dtype=np.uint64),
+            )
+        return self._layout
 
     def cancel(self) -> None:
         """Remove the observers and forget the samples."""
@@ -204,20 +232,19 @@ class ProbeRunner:
             seed.observing, seed.observed = False, None
 
 
-def _layer_health(probe: _Probe, figure: LayerStatistics) -> float:
-    trained = bool(probe.gradient_norms)
-    return health_score(
-        dead_neuron_ratio=figure.dead_neuron_ratio,
-        dormancy=figure.dormancy,
-        rank_fraction=figure.rank_fraction,
-        gradient_snr=figure.gradient_snr if trained else None,
-        update_ratio=figure.update_ratio if trained else None,
-        error_count=figure.error_count,
-    )
+def _health(columns: NDArray[np.float64], trained: Sequence[bool]) -> NDArray[np.float64]:
+    """Health of layers, then of seeds, of which only errors and rank count.
 
-
-def _seed_health(figure: LayerStatistics) -> float:
-    return health_score(rank_fraction=figure.rank_fraction, error_count=figure.error_count)
+    Args:
+        columns: ``[10, L + S]``, see :class:`LayerStatistics`.
+        trained: for each layer, whether it had a gradient; ``[L]``.
+    """
+    measured = dict(zip(LayerStatistics._fields, columns.copy(), strict=True))
+    num = len(trained)
+    measured["dead_neuron_ratio"][num:] = measured["dormancy"][num:] = 0.0
+    frozen = ~np.array([*trained, *[False] * (columns.shape[1] - num)], dtype=bool)
+    measured["gradient_snr"][frozen] = measured["update_ratio"][frozen] = np.nan
+    return health_scores(**{name: measured[name] for name in _HEALTH})
 
 
 def _num_active(seeds: list[Seed]) -> int:
