@@ -399,15 +399,18 @@ class TamiyoCallback(L.Callback):
         return self._controller.warden.wants_gradients(step + self._steps_a_batch)
 
     def _check_evaluation(self) -> None:
-        """Give up sites that validation would not see; once, between steps: a pass within one would change
-        buffers that its backward still needs.
+        """Give up sites that would mix samples, or that validation would not see; once, between steps: a pass
+        within one would change buffers that its backward still needs.
         """
+        run = self._run
         assert self._body is not None
-        assert self._run is not None
+        assert run is not None
         if self._evaluated or self.config.policy == "off":
             return
-        if self._run.held_out():
-            self._body.check_evaluation(self._run.held_out()[0])
+        if run.last_batch is not None:
+            self._body.measure_layout(lambda part: run.loss(part, 0, moved=True), run.last_batch)
+        if run.held_out():
+            self._body.check_evaluation(run.held_out()[0])
         self._evaluated = True
 
     def _tell_sites(self, trainer: L.Trainer) -> None:
