@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.callbacks.checks import check_optimizers, check_trainer
+from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size
@@ -78,6 +79,7 @@ class TamiyoCallback(L.Callback):
         )  # wrong options fail here, not in epoch 3
         self.run_id = uuid.uuid4().hex[:12]
         self._hooks = HookSwitch(self, TamiyoCallback)
+        self._compilation = CompilationWatch()
         self._restored: dict[str, Any] | None = None
         self._stage = "fit"
         self._reset()
@@ -136,7 +138,8 @@ class TamiyoCallback(L.Callback):
         return [] if self._controller is None else list(self._controller.health.values())
 
     def summary(self) -> dict[str, float]:
-        """Size and cost of the run: ``num_parameters``, ``training_flops`` and the seeds' counts.
+        """Size and cost of the run: ``num_parameters``, ``training_flops``, the seeds' counts, and how often
+        ``torch.compile`` compiled a function during the last ``fit``, and how often one that it had compiled before.
 
         Raises:
             GrowthError: No batch has been trained on yet.
@@ -155,6 +158,8 @@ class TamiyoCallback(L.Callback):
             "seeds_fossilized": ledger.fossilized,
             "seeds_culled": ledger.culled,
             "layers_recycled": ledger.recycled,
+            "compilations": self._compilation.num_compilations,
+            "recompilations": self._compilation.num_recompilations,
         }
 
     # ---------------------------------------------------------------- Lightning's hooks
@@ -223,6 +228,7 @@ class TamiyoCallback(L.Callback):
             elif restored["random"] is not None:
                 resume_loaders(trainer, restored.get("generators", []), restored["random"])
         self._records.mark("resume" if restored is not None else "start", trainer)
+        self._compilation.start()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -286,6 +292,7 @@ class TamiyoCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the records."""
+        self._tell_compilations(trainer)
         if self._records is not None:
             size_and_cost = {} if self._body is None else self.summary()
             finite = {name: value for name, value in size_and_cost.items() if math.isfinite(value)}
@@ -378,6 +385,7 @@ class TamiyoCallback(L.Callback):
         self._requests.clear()
         controller.safe_point(step, trainer.current_epoch)
         self._follow_seeds()
+        self._tell_compilations(trainer)
         sampled, gradients, seeds = self._sampled(step), self._wants_gradients(step), bool(body.seeds)
         self._hooks.set("on_train_batch_start", sampled)
         self._hooks.set("on_before_backward", False)
@@ -421,6 +429,12 @@ class TamiyoCallback(L.Callback):
             sites = [site.name for site in self._body.sites]
             self._records.note(trainer, sites=sites, refused=self._body.refused)
         self._just_traced = False
+
+    def _tell_compilations(self, trainer: L.Trainer) -> None:
+        """Write down what was compiled anew since the last safe point."""
+        grown = self._controller is not None and self._controller.ledger.germinated > 0
+        if self._records is not None and (news := self._compilation.news(grown=grown)) is not None:
+            self._records.note(trainer, **news)
 
     def _sampled(self, step: int) -> bool:
         """Whether the batch after optimizer step ``step`` is probed: at the interval, and for isolated seeds' gates.
@@ -469,6 +483,7 @@ class TamiyoCallback(L.Callback):
         if self._probes is not None:
             self._probes.cancel()
         self._guards.remove()
+        self._compilation.stop()
         if self._records is not None:
             self._records.close()
             self._records = None
