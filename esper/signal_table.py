@@ -145,16 +145,16 @@ class SignalTable(Sequence[HealthSignal]):
             columns = b"".join(
                 (
                     np.asarray(statistics, _FLOAT).tobytes(),
-                    np.asarray(expressivity, _FLOAT).tobytes(),
-                    np.asarray(health, _FLOAT).tobytes(),
-                    np.asarray(latency_ms, _FLOAT).tobytes(),
+                    _bytes(expressivity, _FLOAT, "d"),
+                    _bytes(health, _FLOAT, "d"),
+                    _bytes(latency_ms, _FLOAT, "d"),
                     _packer(1, "d").pack(timestamp) * num,
                     bytes(8 * num),  # chunk_id: a signal is of a whole layer
                     _packer(1, "Q").pack(epoch) * num,
                     _packer(1, "Q").pack(step) * num,
-                    np.asarray(error_count, _COUNT).tobytes(),
-                    np.asarray(active_seeds, _COUNT).tobytes(),
-                    np.asarray(total_seeds, _COUNT).tobytes(),
+                    _bytes(error_count, _COUNT, "Q"),
+                    _bytes(active_seeds, _COUNT, "Q"),
+                    _bytes(total_seeds, _COUNT, "Q"),
                     bytes(ready),
                 )
             )
@@ -269,6 +269,13 @@ class SignalTable(Sequence[HealthSignal]):
 
     def __repr__(self) -> str:
         return f"SignalTable({len(self)} signals of {len(set(self.layer_ids))} layers)"
+
+
+def _bytes(column: NDArray[Any] | Sequence[float], dtype: np.dtype[Any], code: str) -> bytes:
+    """One column as it travels; packing a list takes half as long as making an array of it."""
+    if isinstance(column, np.ndarray):
+        return column.astype(dtype, copy=False).tobytes()
+    return _packer(len(column), code).pack(*column)
 
 
 def _views(block: bytes, num: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
