@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from esper.callbacks.distributed import ProcessRanks, wrap_again
 from esper.callbacks.held_out import first_batches
-from esper.errors import UnsupportedError
+from esper.errors import GrowthError, UnsupportedError
 from esper.kasmina.optimizer import unwrap
 from esper.kasmina.trace import preserved
+from esper.tamiyo.ranks import Ranks
 
 __all__ = ["BatchLoss", "LightningRun", "batch_size"]
 
@@ -54,6 +56,7 @@ class LightningRun:
         module: Its module.
         num_batches: Held-out batches to keep.
         horizon_steps: Length of the run where the trainer cannot tell it.
+        ranks: The processes that train the module together; one by default.
         seed: Of a shuffling validation loader's order, as held-out batches are drawn from it.
     """
 
@@ -64,8 +67,10 @@ class LightningRun:
         *,
         num_batches: int,
         horizon_steps: int | None,
+        ranks: Ranks | None = None,
         seed: int = 0,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.trainer = trainer
         self.module = module
         self._num_batches = num_batches
@@ -117,7 +122,33 @@ class LightningRun:
         return BatchLoss(self, self.last_batch, 0, moved=True)
 
     def structure_changed(self) -> None:
-        """Nothing to do on one process; the optimizers were told by whoever changed the structure."""
+        """Let DDP know of it; the optimizers were told by whoever changed the structure."""
+        wrap_again(self.trainer.strategy, self.module)
+
+    def check_alike(self, sites: Sequence[str]) -> None:
+        """Make sure that every process has found the same ``sites``, and so trains the same model.
+
+        Raises:
+            GrowthError: They differ; every process raises it.
+        """
+        if self.ranks.size == 1:
+            return
+        for rank, other in enumerate(self.ranks.exchange("the sites of the model", list(sites))):
+            if different := sorted(set(other) ^ set(sites)):
+                raise GrowthError(
+                    f"every process should find the same sites for seeds, but rank {rank} and rank {self.ranks.rank} "
+                    f"differ in {', '.join(different[:5])}; does the model's data flow hang on the data or on the rank?"
+                )
+
+    def failed(self, exception: BaseException) -> None:
+        """Tell the other processes why this one stops, or find out why they did."""
+        if isinstance(self.ranks, ProcessRanks):
+            self.ranks.failed(exception)
+
+    def close(self) -> None:
+        """End the talk with the other processes; safe to call twice."""
+        if isinstance(self.ranks, ProcessRanks):
+            self.ranks.close()
 
     def loss(self, batch: Any, index: int, *, moved: bool = False) -> Tensor:
         """The loss of the module's own step on ``batch``: ``training_step``, or ``validation_step``

@@ -28,7 +28,7 @@ class Records:
         config: Where the journal goes, and the bus.
         run_id: Of the run.
         trainer: Gives the folder.
-        listeners: Called with every event.
+        listeners: Called with every event, on every rank; journal and bus are rank 0's.
         resumed_at: Optimizer steps of the checkpoint that is continued; what the journal says of later
             ones is dropped, because it will be said again. None for a new run.
     """
@@ -42,7 +42,7 @@ class Records:
         *,
         resumed_at: int | None,
     ) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of every rank: rank 0 tells the others
         path = Path(config.journal) if config.journal else folder / "growth.jsonl"
         growing = config.policy != "off"
         self._config = config
@@ -51,12 +51,12 @@ class Records:
         self._publisher: Publisher | None = None
         self._inbox: CommandInbox | None = None
         self._inbox_read_at = float("-inf")
-        if config.journal or (growing and not trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if trainer.is_global_zero and (config.journal or (growing and not trainer.fast_dev_run)):  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path)
             if resumed_at is not None:
                 self._journal.truncate_after(resumed_at)
-        if config.bus is not None:
+        if trainer.is_global_zero and config.bus is not None:
             self._publisher = Publisher(run_id, config.bus, run_dir=path.parent).open()
             self._inbox = CommandInbox(run_id, config.bus, run_dir=path.parent).open()
         self.recorder = Recorder(run_id, self._journal, self._publisher, listeners)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from esper.callbacks.checks import check_optimizers, check_trainer
 from esper.callbacks.compilation import CompilationWatch
+from esper.callbacks.distributed import ranks_of
 from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size
@@ -29,7 +30,7 @@ from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
 from esper.kasmina.sites import Site
-from esper.kasmina.structure import follow_state_dict
+from esper.kasmina.structure import follow_state_dict, has_seeds
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import Tracer
 from esper.messages import Decision, Event, HealthSignal
@@ -185,8 +186,11 @@ class TamiyoCallback(L.Callback):
             pl_module,
             num_batches=self.config.probes.held_out_batches,
             horizon_steps=self.config.horizon_steps or (None if growing else _WATCH_HORIZON),
+            ranks=ranks_of(trainer, talking=growing or has_seeds(pl_module)),
             seed=self.config.seed,
         )
+        if has_seeds(pl_module):
+            self._run.structure_changed()
         if self._restored is not None and self._restored["groups"] is not None:
             reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
 
@@ -201,7 +205,7 @@ class TamiyoCallback(L.Callback):
             self.config,
             self.run_id,
             trainer,
-            self.listeners,
+            self.listeners if trainer.is_global_zero else [],
             resumed_at=None if restored is None else trainer.global_step,
         )
         if restored is not None:
@@ -304,6 +308,8 @@ class TamiyoCallback(L.Callback):
     ) -> None:
         """Leave no hook, socket or open file behind."""
         self._drop_tracer()
+        if self._run is not None:
+            self._run.failed(exception)
         if self._records is not None:
             self._records.note(trainer, exception=type(exception).__name__)
         self._close()
@@ -364,7 +370,8 @@ class TamiyoCallback(L.Callback):
         self._body.on_change = self._wake
         policy = make_policy(self.config.policy, **self.config.policy_options)
         self._controller = Controller(self.config, self._body, self._run, policy, recorder)
-        self._probes = ProbeRunner(self._body)
+        if self._run.ranks.rank == 0:  # signals of other ranks would be dropped: their batches are like these
+            self._probes = ProbeRunner(self._body)
         # Listed once: walking a module's names takes longer than what is asked of them.
         self._host_parameters = [(n, p) for n, p in module.named_parameters() if SEEDS not in n.split(".")]
         self._evaluated = False
@@ -419,6 +426,7 @@ class TamiyoCallback(L.Callback):
             self._body.measure_layout(lambda part: run.loss(part, 0, moved=True), run.last_batch)
         if run.held_out():
             self._body.check_evaluation(run.held_out()[0])
+        run.check_alike([site.name for site in self._body.sites])
         self._evaluated = True
 
     def _tell_sites(self, trainer: L.Trainer) -> None:
@@ -483,6 +491,8 @@ class TamiyoCallback(L.Callback):
         if self._probes is not None:
             self._probes.cancel()
         self._guards.remove()
+        if self._run is not None:
+            self._run.close()
         self._compilation.stop()
         if self._records is not None:
             self._records.close()

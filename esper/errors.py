@@ -17,6 +17,7 @@ __all__ = [
     "LifecycleError",
     "MessageError",
     "MissingExtraError",
+    "RankError",
     "UnsupportedError",
 ]
 
@@ -67,3 +68,10 @@ class DataFormatError(EsperError, ValueError):
 
 class MissingExtraError(EsperError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
+
+
+class RankError(RuntimeError):
+    """Another process of this run has failed, so this one stops too.
+
+    No :class:`EsperError`, because nothing may take it for a refusal and train on.
+    """

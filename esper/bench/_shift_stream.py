@@ -21,6 +21,7 @@ from esper.kasmina.probes import ProbeRunner
 from esper.tamiyo.config import build_config
 from esper.tamiyo.controller import Controller
 from esper.tamiyo.policies import make_policy
+from esper.tamiyo.ranks import Ranks
 from esper.tamiyo.recorder import Recorder
 
 __all__ = ["Stream", "one_thread", "train_stream"]
@@ -91,6 +92,7 @@ class _StreamRun:
     def __init__(self, optimizers: Sequence[Optimizer], total_steps: int) -> None:
         self.optimizers = optimizers
         self.total_steps = total_steps
+        self.ranks = Ranks()
         self.last: _Batch | None = None
 
     def held_out(self) -> Sequence[_Batch]:

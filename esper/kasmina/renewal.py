@@ -56,6 +56,7 @@ def recycle_layer(
     *,
     optimizers: Sequence[Optimizer],
     generator: torch.Generator,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> RecycleReport:
     """Re-initialise the dormant units of ``layer`` with zero fan-out and fresh moments.
 
@@ -65,6 +66,8 @@ def recycle_layer(
         batches: Each runs the host on one batch; the units are judged by their mean activation there.
         optimizers: Their moments of the recycled units are reset.
         generator: Source of the fresh fan-in.
+        gather: Makes one sample of the samples ``[n, u]`` of all processes that train this model: what one of
+            them recycles, all have to.
 
     Raises:
         GrowthError: The layer's units cannot be recycled. Nothing was changed.
@@ -73,7 +76,7 @@ def recycle_layer(
     if reason:
         raise GrowthError(f"cannot recycle units: {reason}; choose another layer")
     consumers = [body.model.get_submodule(edge.target) for edge in body.topology.consumers(layer)]
-    activations = _activations(body, consumers[0], batches)
+    activations = gather(_activations(body, consumers[0], batches))
     producer = body.model.get_submodule(layer)
     assert isinstance(producer, _DENSE)
     return recycle(

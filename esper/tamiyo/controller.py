@@ -18,6 +18,7 @@ from esper.kasmina.renewal import recycle_layer
 from esper.kasmina.seed import Seed
 from esper.messages import Decision, HealthSignal, ModelPerformance
 from esper.tamiyo.config import TamiyoConfig
+from esper.tamiyo.council import decide_together
 from esper.tamiyo.evaluation import contribution, mean_loss
 from esper.tamiyo.gatekeeper import Gatekeeper
 from esper.tamiyo.host_run import HostRun
@@ -52,7 +53,12 @@ class Controller:
         self.policy = policy
         self.recorder = recorder
         host_flops = sum(layer.flops for layer in body.topology.layers if not layer.block)
-        self.ledger = Ledger(config.budget, body.topology.num_parameters, host_flops)
+        self.ledger = Ledger(
+            config.budget,
+            body.topology.num_parameters,
+            host_flops,
+            num_processes=run.ranks.num_processes,
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.gatekeeper = Gatekeeper(config.lifecycle, body, run, self.ledger, recorder)
         self.warden = Warden(
@@ -109,12 +115,15 @@ class Controller:
         self.recorder.step, self.recorder.epoch = step, epoch
         if self._nothing_due(step):
             return
+        with self.run.ranks.together():
+            self._act(step, epoch)
+
+    def _act(self, step: int, epoch: int) -> None:
         before = self._structure()
         self.gatekeeper.tick(step)
         self.warden.inspect(step)
         self.gatekeeper.review(step)
-        pending, self.pending = self.pending, []
-        for decision in pending:
+        for decision in self._requests(step):
             self._carry_out(decision, step, epoch)
         if step >= self._next_decision:
             self._next_decision = step + max(
@@ -147,24 +156,36 @@ class Controller:
             or (self._retraining is not None and not self._retraining.done)
         )
 
-    def _structure(self) -> list[str]:
-        return [seed.seed_id for seed in self.body.seeds]
+    def _structure(self) -> list[tuple[str, bool]]:
+        """Every seed, and whether it takes part in the loss."""
+        return [(seed.seed_id, seed.stage != "germinated") for seed in self.body.seeds]
+
+    def _requests(self, step: int) -> list[Decision]:
+        """What was asked for from outside; on several ranks rank 0 is asked, at steps at which all of them look."""
+        ranks = self.run.ranks
+        if ranks.size > 1 and not (step >= self._next_decision or self.config.governor.check_due(step)):
+            return []
+        pending, self.pending = self.pending, []
+        if ranks.size == 1:
+            return pending
+        asked = ranks.first("requests", [msgspec.to_builtins(decision) for decision in pending])
+        return [msgspec.convert(decision, Decision) for decision in asked]
 
     def _decide(self, step: int, epoch: int) -> None:
-        state = self._state(step, epoch)
+        state, ranks = self._state(step, epoch), self.run.ranks
+        decisions = self._ask(state) if ranks.size == 1 else decide_together(ranks, state, self._ask)
+        for decision in decisions:
+            self._carry_out(decision, step, epoch)
+
+    def _ask(self, state: GrowthState) -> list[Decision]:
         try:
-            decisions = self.policy.decide(state)
+            return self.policy.decide(state)
         except ConfigError:
             raise  # a site or blueprint that this host does not have
         except EsperError as error:  # a measurement that cannot be taken now must not end the run
-            decisions = [
-                Decision(
-                    action="wait", reason=f"the policy could not decide: {error}", policy=self.policy.name
-                )
-            ]
             self.recorder.error("", "policy", str(error))
-        for decision in decisions:
-            self._carry_out(decision, step, epoch)
+            reason = f"the policy could not decide: {error}"
+            return [Decision(action="wait", reason=reason, policy=self.policy.name)]
 
     def _state(self, step: int, epoch: int) -> GrowthState:
         begin, end = self.config.window
@@ -202,32 +223,35 @@ class Controller:
         )
 
     def _saving(self, seed_ids: Sequence[str]) -> float | None:
-        batches = self.run.held_out()
-        if not batches:
-            return None
-        named = [seed for seed in self.body.seeds if seed.seed_id in seed_ids]
-        samples = sum(batch.num_samples for batch in batches)
-        self.ledger.charge_measurement(2.0 * self.body.flops * samples)
-        measured = contribution(self.body, named, batches)
-        return measured.mean / measured.loss_on
+        def measure() -> tuple[float | None, float | None]:
+            batches = self.run.held_out()
+            if not batches:
+                return None, None
+            named = [seed for seed in self.body.seeds if seed.seed_id in seed_ids]
+            samples = sum(batch.num_samples for batch in batches)
+            self.ledger.charge_measurement(2.0 * self.body.flops * samples)
+            measured = contribution(self.body, named, batches)
+            return measured.mean, measured.loss_on
+
+        mean, loss_on = self.run.ranks.measure("a saving", measure)
+        return None if mean is None or loss_on is None else mean / loss_on
 
     def _held_out_loss(self) -> float | None:
-        batches = self.run.held_out()
-        if not batches:
-            return None
-        self.ledger.charge_measurement(float(self.body.flops * sum(batch.num_samples for batch in batches)))
-        return mean_loss(self.body, batches)
+        def measure() -> list[float | None]:
+            batches = self.run.held_out()
+            if not batches:
+                return [None]
+            samples = sum(batch.num_samples for batch in batches)
+            self.ledger.charge_measurement(float(self.body.flops * samples))
+            return [mean_loss(self.body, batches)]
+
+        return self.run.ranks.measure("the held-out loss", measure)[0]
 
     def _carry_out(self, decision: Decision, step: int, epoch: int) -> None:
-        reason = refusal(
-            decision,
-            body=self.body,
-            ledger=self.ledger,
-            step=step,
-            total_steps=self._total_steps,
-            epoch=epoch,
-            halted=self.warden.halted,
-        )
+        ranks = self.run.ranks
+        reason = "" if decision.action == "wait" else self._refusal(decision, step, epoch)
+        if ranks.size > 1 and decision.action != "wait":  # books may differ, where batches do
+            reason = ranks.first("what speaks against a decision", reason)
         seed_id = ""
         if not reason:
             try:
@@ -237,6 +261,17 @@ class Controller:
         self.recorder.num_parameters = self.body.num_parameters
         applied = not reason and decision.action != "wait"
         self.recorder.decision(decision, applied=applied, refused=reason, seed_id=seed_id)
+
+    def _refusal(self, decision: Decision, step: int, epoch: int) -> str:
+        return self.run.ranks.closed or refusal(
+            decision,
+            body=self.body,
+            ledger=self.ledger,
+            step=step,
+            total_steps=self._total_steps,
+            epoch=epoch,
+            halted=self.warden.halted,
+        )
 
     def _apply(self, decision: Decision, step: int, epoch: int) -> tuple[Decision, str]:
         """Carry ``decision`` out; returns it with what was measured, and the id of the seed it is about."""
@@ -253,7 +288,12 @@ class Controller:
         self.warden.before_adaptation(step, decision.site)
         batches = self._scorer.batches()[0]
         report = recycle_layer(
-            self.body, decision.site, batches, optimizers=self.run.optimizers, generator=self.generator
+            self.body,
+            decision.site,
+            batches,
+            optimizers=self.run.optimizers,
+            generator=self.generator,
+            gather=self.run.ranks.gather,
         )
         self.ledger.charge_measurement(float(self.body.flops * sum(batch.num_samples for batch in batches)))
         if not report.units:

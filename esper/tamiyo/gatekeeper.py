@@ -65,7 +65,8 @@ class Gatekeeper:
 
     def born(self, seed: Seed) -> None:
         """Take a new seed through its first gate, with the measured change that germination made."""
-        seed.state.facts["preserved_error"] = self._preserved_error(seed)
+        errors = self._run.ranks.attempt("the change by a birth", lambda: self._preserved_error(seed))
+        seed.state.facts["preserved_error"] = max(errors)
         self._note(seed, Transition("dormant", "germinated", "a decision put it there"))
         self._step_through(seed)
 
@@ -88,6 +89,7 @@ class Gatekeeper:
         """Look at every gate, when gates are due."""
         if not self.config.gate_due(step):
             return
+        self._share_facts()
         for group in self._groups():
             if self._measurement_due(group[0]):
                 self._measure(group)
@@ -116,6 +118,20 @@ class Gatekeeper:
             groups.setdefault((record.stage, record.age_steps, record.stage_age_steps), []).append(seed)
         return list(groups.values())
 
+    def _share_facts(self) -> None:
+        """Let rank 0's facts about young seeds count on every rank, and what was not finite on any of them.
+
+        A checkpoint holds rank 0's facts alone, and a resumed run has to see what this one sees.
+        """
+        young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
+        ranks = self._run.ranks
+        if ranks.size == 1 or not young:
+            return
+        known = ranks.exchange("facts of seeds", [[s.record.facts, int(s.non_finite)] for s in young])
+        for i, seed in enumerate(young):
+            seed.record.facts = dict(known[0][i][0])
+            seed.non_finite.fill_(max(facts[i][1] for facts in known))
+
     def _step_through(self, seed: Seed) -> None:
         transition = next_transition(seed.stage, self._facts(seed), self.config)
         if transition is not None:
@@ -132,11 +148,18 @@ class Gatekeeper:
 
     def _measure(self, seeds: Sequence[Seed]) -> None:
         batches = self._batches()
-        measured = contribution(self._body, seeds, batches)
+
+        def measure() -> tuple[float, float]:
+            measured = contribution(self._body, seeds, batches)
+            return measured.mean, measured.loss_on
+
+        mean, loss_on = self._run.ranks.measure("a contribution", measure)
+        assert mean is not None
+        assert loss_on is not None
         for seed in seeds:
             state = seed.state
-            state.contributions.append(measured.mean)
-            state.facts["held_out_loss"] = measured.loss_on
+            state.contributions.append(mean)
+            state.facts["held_out_loss"] = loss_on
             state.facts["measured_at_age"] = float(state.stage_age_steps)
         samples = sum(batch.num_samples for batch in batches)
         self._ledger.charge_measurement(2.0 * self._body.flops * samples)

@@ -8,6 +8,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper.tamiyo.ranks import Ranks
+
 __all__ = ["HostRun", "LossOnBatch"]
 
 
@@ -24,6 +26,10 @@ class LossOnBatch(Protocol):
 
 class HostRun(Protocol):
     """One training run, seen from the strategist."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the host together."""
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -43,4 +49,4 @@ class HostRun(Protocol):
         """The batch that was trained on last, used for scoring where nothing is held out."""
 
     def structure_changed(self) -> None:
-        """Called after seeds were added or removed, before the next step."""
+        """Called after seeds were added or removed, or began to take part in the loss, before the next step."""

@@ -22,10 +22,14 @@ class Ledger:
         budget: The limits.
         host_parameters: Parameters of the ungrown host.
         host_flops: Forward FLOPs a sample of the ungrown host.
+        num_processes: Processes that train on equally many samples each; what one does, all do.
     """
 
-    def __init__(self, budget: BudgetConfig, host_parameters: int, host_flops: int) -> None:
+    def __init__(
+        self, budget: BudgetConfig, host_parameters: int, host_flops: int, *, num_processes: int = 1
+    ) -> None:
         self.budget = budget
+        self.num_processes = num_processes
         self.host_parameters = host_parameters
         self.host_flops = host_flops
         self.base_parameters: int | None = None
@@ -44,25 +48,26 @@ class Ledger:
         self._embargo: dict[str, int] = {}
 
     def charge_step(self, body_flops: int, num_samples: int) -> None:
-        """Charge one batch of training."""
+        """Charge one batch of training, of this process and as many of every other."""
+        num_samples *= self.num_processes
         self.num_samples += num_samples
         self.training_flops += 3.0 * body_flops * num_samples
         self.host_training_flops += 3.0 * self.host_flops * num_samples
 
     def charge_scoring(self, flops: float) -> None:
         """Charge the scoring of sites, which has a budget of its own (:meth:`may_score`)."""
-        self.scoring_flops += flops
-        self.training_flops += flops
+        self.scoring_flops += flops * self.num_processes
+        self.training_flops += flops * self.num_processes
 
     def charge_measurement(self, flops: float) -> None:
         """Charge any other pass over held-out batches: for a gate, a birth or a recycled layer."""
-        self.measuring_flops += flops
-        self.training_flops += flops
+        self.measuring_flops += flops * self.num_processes
+        self.training_flops += flops * self.num_processes
 
     def may_score(self, flops: float, step: int, total_steps: int) -> bool:
         """Whether scoring for ``flops`` keeps it within its share of the whole run's training FLOPs."""
         expected = self.host_training_flops / max(1, step) * total_steps
-        return self.scoring_flops + flops <= self.budget.max_scoring_fraction * expected
+        return self.scoring_flops + flops * self.num_processes <= self.budget.max_scoring_fraction * expected
 
     def parameters_left(self, body: Body) -> int:
         """Parameters that may still be added.
@@ -127,13 +132,17 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {key.lstrip("_"): _copy(value) for key, value in vars(self).items() if key != "budget"}
+        return {key.lstrip("_"): _copy(value) for key, value in vars(self).items() if key not in _GIVEN}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take on what :meth:`state_dict` returned."""
         for key in vars(self):
-            if key != "budget":
+            if key not in _GIVEN:
                 setattr(self, key, _copy(state[key.lstrip("_")]))
+
+
+_GIVEN = ("budget", "num_processes")
+"""What a run is given, and does not take over from a checkpoint."""
 
 
 def _copy(value: Any) -> Any:

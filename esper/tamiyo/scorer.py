@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from esper.messages import CacheHitRates
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.host_run import HostRun, LossOnBatch
 from esper.tamiyo.ledger import Ledger
+from esper.tamiyo.ranks import mean_of
 from esper.tamiyo.recorder import Recorder
 
 __all__ = ["Scorer"]
@@ -73,6 +75,22 @@ class Scorer:
             self._hits += 1
             return self._cache[key]
         self._misses += 1
+        ranks = self._run.ranks
+        scores = _mean_scores(
+            ranks.attempt("scores of sites", lambda: self._scores(names, size, step, total_steps))
+        )
+        for name, score in scores.items():
+            self.last[self._body.site(name).target] = score.score
+        self._cache = {key: scores}
+        self._recorder.publish(
+            CacheHitRates(self._recorder.run_id, step, self._hits, self._misses, time.time())
+        )
+        return scores
+
+    def _scores(
+        self, names: Sequence[str], size: int, step: int, total_steps: int
+    ) -> dict[str, tuple[float, ...]]:
+        """Scores by site name, as the numbers of :class:`SiteScore`, on this process's batches."""
         _, loss, samples = self.batches()
         wanted = [self._body.site(name) for name in names]
         sites, rows, permutations, price = self._affordable(wanted, samples, step, total_steps)
@@ -86,14 +104,7 @@ class Scorer:
             num_permutations=permutations,
         )
         self._ledger.charge_scoring(price)
-        for site in sites:
-            if site.name in scores:
-                self.last[site.target] = scores[site.name].score
-        self._cache = {key: scores}
-        self._recorder.publish(
-            CacheHitRates(self._recorder.run_id, step, self._hits, self._misses, time.time())
-        )
-        return scores
+        return {name: astuple(score) for name, score in scores.items()}
 
     def compute_start(self, seed: Seed) -> None:
         """Point new hidden units at what the loss gradient misses at their site (GROWTH.md §2).
@@ -106,11 +117,14 @@ class Scorer:
         _, loss, samples = self.batches()
         most = self._config.probes.max_samples
         found = capture_rows(self._body, loss, [seed.site], max_samples=most).get(seed.site.name)
-        if found is None:
-            raise GrowthError(
-                f"closed-form start at {seed.site.name}: no gradient reaches the site; use widen_start='random'"
-            )
-        start = closed_form_start(found.A, found.B, found.G, seed.size, generator=self._generator)
+        ranks = self._run.ranks
+        unreached = ranks.objection(
+            "a closed-form start", "no gradient reaches the site" if found is None else ""
+        )
+        if found is None or unreached:
+            raise GrowthError(f"closed-form start at {seed.site.name}: {unreached}; use widen_start='random'")
+        A, B, G = (ranks.gather(rows) for rows in (found.A, found.B, found.G))
+        start = closed_form_start(A, B, G, seed.size, generator=self._generator)
         init_widen_closed_form(branch, start.weight_in, start.bias_in)
         self._ledger.charge_measurement(
             estimate_flops(self._body, [seed.site], samples, max_samples=most, num_permutations=0)
@@ -146,3 +160,13 @@ class Scorer:
             f"scoring a single site would cost {price:.3g} FLOPs, more than max_scoring_fraction="
             f"{self._config.budget.max_scoring_fraction:g} of the run's training leaves"
         )
+
+
+def _mean_scores(answers: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, SiteScore]:
+    """The mean over ranks of the scores of every site that all of them could score."""
+    scores = {}
+    for name in answers[0]:
+        if all(name in answer for answer in answers):
+            numbers = mean_of([answer[name] for answer in answers])
+            scores[name] = SiteScore(*(number for number in numbers if number is not None))
+    return scores

@@ -20,7 +20,7 @@ from esper.tamiyo.governor import Governor, GovernorConfig, Response
 from esper.tamiyo.host_run import HostRun
 from esper.tamiyo.ledger import Ledger
 from esper.tamiyo.recorder import Recorder
-from esper.tamiyo.snapshot import renew_optimizer_state, restore
+from esper.tamiyo.snapshot import is_finite, renew_optimizer_state, restore
 
 __all__ = ["Warden"]
 
@@ -94,11 +94,14 @@ class Warden:
 
     def inspect(self, step: int) -> None:
         """Check the run when a check is due, and act on the answer."""
-        if self._loss is None or not self.governor.config.check_due(step):
+        if not self.governor.config.check_due(step):
             return
-        norm = None if self._gradient_norm is None else float(self._gradient_norm)
-        verdict = self.governor.check(step, float(self._loss), norm)
+        seen = [None if x is None else float(x) for x in (self._loss, self._gradient_norm)]
+        loss, norm = self._run.ranks.measure("the training loss", lambda: seen)
         self._loss = self._gradient_norm = None
+        if loss is None:
+            return
+        verdict = self.governor.check(step, loss, norm)
         if verdict.kind != "diverged":
             return
         young = [seed for seed in self._body.seeds if seed.stage != "fossilized"]
@@ -115,8 +118,13 @@ class Warden:
         """
         if self.governor.snapshot_step == step:
             return  # several adaptations between the same two steps share the state before the first
-        reason = self.governor.take_snapshot(
-            self._body.model, list(self._run.optimizers), step=step, site=site
+        ranks, model = self._run.ranks, self._body.model
+        reason = ""
+        if ranks.size > 1:  # running statistics differ, and no rank may keep a state that another does not
+            own = "" if is_finite(model) else "the model holds a NaN or an inf"
+            reason = ranks.objection("the state before an adaptation", own)
+        reason = reason or self.governor.take_snapshot(
+            model, list(self._run.optimizers), step=step, site=site
         )
         if reason:
             raise GrowthError(f"the governor allows no adaptation now: {reason}")

@@ -14,6 +14,7 @@ from esper.messages import DecisionRecord, Event, GovernorRecord, Message, Trans
 from esper.tamiyo.config import TamiyoConfig, build_config
 from esper.tamiyo.controller import Controller
 from esper.tamiyo.policies import make_policy
+from esper.tamiyo.ranks import Ranks
 from esper.tamiyo.recorder import Recorder
 from esper.tamiyo.state import Policy
 
@@ -86,6 +87,7 @@ class Loop:
         self._held_out = [Batch(self.model, x[128:], y[128:])] if held_out else []
         self.optimizers: Sequence[torch.optim.Optimizer] = [torch.optim.AdamW(self.model.parameters(), lr=lr)]
         self.total_steps = total_steps
+        self.ranks = Ranks()
         self.changes = 0
         self.step = 0
         self.body = attach(self.model, x[:4])
