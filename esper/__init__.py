@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from esper.kasmina.export import export
     from esper.kasmina.loading import GrowableMixin, load
     from esper.kasmina.seed import Seed
+    from esper.pretrained import export_pretrained
 
 __all__ = [
     "Body",
@@ -28,6 +29,7 @@ __all__ = [
     "blueprint",
     "detach",
     "export",
+    "export_pretrained",
     "load",
 ]
 
@@ -41,6 +43,7 @@ _HOME_OF = {
     "blueprint": "esper.kasmina.blueprints.registry",
     "detach": "esper.kasmina.body",
     "export": "esper.kasmina.export",
+    "export_pretrained": "esper.pretrained",
     "load": "esper.kasmina.loading",
 }
 

@@ -21,6 +21,7 @@ PUBLIC_NAMES = (
     "blueprint",
     "detach",
     "export",
+    "export_pretrained",
     "load",
 )
 

@@ -236,12 +236,21 @@ def test_an_exported_mlp_is_the_wider_mlp_state_dict_and_all() -> None:
     torch.testing.assert_close(evaluate(wider, vectors()), evaluate(model, vectors()), rtol=1e-5, atol=1e-5)
 
 
-def test_layers_without_bias_get_one_when_the_new_units_have_one() -> None:
+def test_new_units_have_a_bias_where_the_hosts_have_one() -> None:
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
     grown(model, vectors(), [("bypass:0->2", "widen")])
+    assert export(model).state_dict().keys() == {"0.weight", "2.weight"}
+
+
+def test_layers_without_bias_get_one_when_the_new_units_have_one() -> None:
+    # The norm shifts the host's units, and not the new ones: these have a bias of their own.
+    model = nn.Sequential(
+        nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3, bias=False)
+    )
+    grown(model, vectors(), [("bypass:0->3", "widen")])
     plain = export(model)
     assert plain[0].bias is not None
-    assert plain[2].bias is None
+    assert plain[3].bias is None
 
 
 def test_without_an_example_a_symbolic_trace_proves_the_chain() -> None:

@@ -81,11 +81,13 @@ def _rank(context: BuildContext) -> int:
 def widen(context: BuildContext, size: int) -> HiddenUnits:
     """``size`` further hidden units between two linear layers: random fan-in, zero fan-out.
 
-    A norm between the two (``site.through``) is the host units' own: the new ones go without.
+    A norm between the two (``site.through``) is the host units' own: the new ones go without. Units of a
+    host whose layers have no bias have none either, so that its class can hold them.
     """
     source, target = _linear(context.source_layer), _linear(context.target_layer)
+    bias = source.bias is not None or bool(context.site.through)
     return HiddenUnits(
-        he(nn.Linear(source.in_features, size)),
+        he(nn.Linear(source.in_features, size, bias=bias)),
         between_layers(context.site.ops),
         zero(nn.Linear(size, target.out_features, bias=False)),
     )
@@ -100,21 +102,20 @@ def init_widen_closed_form(branch: HiddenUnits, fan_in_weight: Tensor, fan_in_bi
     Args:
         branch: As built by the blueprint.
         fan_in_weight: [k, p]; for a convolution [k, C * kh * kw] or [k, C, kh, kw].
-        fan_in_bias: [k].
+        fan_in_bias: [k]; left out where the units have no bias.
 
     Raises:
         GrowthError: A shape does not fit, or a value is not finite. Nothing was changed.
     """
     layer = branch.fan_in
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
-    assert layer.bias is not None
     flat = (layer.weight.shape[0], layer.weight[0].numel())
     if (
         tuple(fan_in_weight.shape) not in (flat, tuple(layer.weight.shape))
-        or fan_in_bias.shape != layer.bias.shape
+        or tuple(fan_in_bias.shape) != flat[:1]
     ):
         raise GrowthError(
-            f"closed-form start: expected a fan-in of shape {flat} and a bias of {tuple(layer.bias.shape)}, got "
+            f"closed-form start: expected a fan-in of shape {flat} and a bias of {flat[:1]}, got "
             f"{tuple(fan_in_weight.shape)} and {tuple(fan_in_bias.shape)}; compute it for this site and size"
         )
     if not (torch.isfinite(fan_in_weight).all() and torch.isfinite(fan_in_bias).all()):
@@ -122,7 +123,8 @@ def init_widen_closed_form(branch: HiddenUnits, fan_in_weight: Tensor, fan_in_bi
             "closed-form start: the fan-in holds a NaN or an inf; compute it from finite samples"
         )
     layer.weight.copy_(fan_in_weight.reshape(layer.weight.shape))
-    layer.bias.copy_(fan_in_bias)
+    if layer.bias is not None:
+        layer.bias.copy_(fan_in_bias)
     assert isinstance(branch.fan_out, (nn.Linear, nn.Conv2d))
     zero(branch.fan_out)
 

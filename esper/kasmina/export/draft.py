@@ -69,6 +69,7 @@ class Draft:
         left_out: Seeds that do not act yet.
         notes: What else a reader of the report should know.
         reasons: Why a seed was not folded, where folding was tried.
+        layers: The host's modules that a folded seed became part of.
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class Draft:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     _inputs: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
@@ -137,11 +139,12 @@ class Draft:
         """Branches that add to the output of ``target``, in the order in which they run."""
         return [branch for branch in self.branches if branch.target is target]
 
-    def drop(self, branch: Branch, *, folded: bool) -> None:
-        """Take ``branch`` off the list; ``folded`` notes that the model holds it now."""
+    def drop(self, branch: Branch) -> None:
+        """Take ``branch`` off the list: the model holds it now."""
         self.branches = [other for other in self.branches if other is not branch]
-        if folded:
-            self.folded.append(branch.seed_id)
+        self.folded.append(branch.seed_id)
+        block = branch.reads == "block"
+        self.layers[branch.seed_id] = (branch.module,) if block else (branch.source, branch.target)
 
     def keep(self, seed_ids: list[str], reason: str) -> None:
         """Note why these seeds stay branches."""

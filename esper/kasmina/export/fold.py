@@ -59,7 +59,7 @@ def merge_low_rank(draft: Draft, branch: Branch) -> str | None:
         )
     else:
         weight.copy_(merged)
-    draft.drop(branch, folded=True)
+    draft.drop(branch)
     return None
 
 
@@ -103,7 +103,7 @@ def stack_block(draft: Draft, branch: Branch) -> str | None:
     adopt_configs(branch.module, branch.target)
     name = next(name for name, module in draft.model.named_modules() if module is containers[0])
     deepen_configs(draft.model, name, index + 1, len(blocks))
-    draft.drop(branch, folded=True)
+    draft.drop(branch)
     return None
 
 
@@ -186,7 +186,7 @@ def widen_layers(draft: Draft, group: list[Branch]) -> None:
                 f"seed {branch.seed_id}: the normalisation behind it is the identity for its units in evaluation; "
                 "further training would normalise them"
             )
-        draft.drop(branch, folded=True)
+        draft.drop(branch)
 
 
 def _plain_layers(draft: Draft, branch: Branch) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from esper.kasmina.cache_place import numbered_in
 
-__all__ = ["adopt_configs", "config_of", "deepen_configs", "numbering", "renumber"]
+__all__ = ["adopt_configs", "config_of", "deepen_configs", "is_config", "numbering", "renumber"]
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """What configs call the number of blocks where there is one stack."""
@@ -29,7 +29,12 @@ _SIDES = {
 def config_of(module: nn.Module) -> Any | None:
     """The config that ``module`` itself holds, if it looks like one of transformers."""
     config = module.__dict__.get("config")
-    return config if callable(getattr(config, "to_dict", None)) else None
+    return config if is_config(config) else None
+
+
+def is_config(value: Any) -> bool:
+    """Whether ``value`` looks like a config of transformers."""
+    return callable(getattr(value, "to_dict", None)) and callable(getattr(value, "to_json_string", None))
 
 
 def numbering(blocks: list[nn.Module]) -> int | None:
