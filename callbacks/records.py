@@ -51,11 +51,12 @@ class Records:
         self._publisher: Publisher | None = None
         self._inbox: CommandInbox | None = None
         self._inbox_read_at = float("-inf")
+        self._undone: int | None = None
         if trainer.is_global_zero and (config.journal or (growing and not trainer.fast_dev_run)):  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path)
             if resumed_at is not None:
-                self._journal.truncate_after(resumed_at)
+                self._undone = self._journal.truncate_after(resumed_at, run_id)
         if trainer.is_global_zero and config.bus is not None:
             self._publisher = Publisher(run_id, config.bus, run_dir=path.parent).open()
             self._inbox = CommandInbox(run_id, config.bus, run_dir=path.parent).open()
@@ -70,13 +71,19 @@ class Records:
         return self._inbox.poll()
 
     def mark(self, event: Literal["start", "resume", "end"], trainer: L.Trainer, **info: Any) -> None:
-        """Record begin, continuation or end of the run."""
+        """Record begin, continuation or end of the run.
+
+        A continuation tells in ``events_undone`` how many events had been written after its checkpoint:
+        they were taken out of the journal, because what happens after the checkpoint happens once more.
+        """
         facts = {
             "policy": self._config.policy,
             "seed": self._config.seed,
             "torch": str(torch.__version__),
             "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters()),
         }
+        if event == "resume" and self._undone is not None:
+            facts["events_undone"] = self._undone
         self.recorder.run(RunRecord(self._run_id, event, trainer.global_step, {**facts, **info}, time.time()))
 
     def note(self, trainer: L.Trainer, **info: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from esper.callbacks import TamiyoCallback
+from esper.callbacks.checkpoint_io import AtomicCheckpointIO
 from esper.errors import ConfigError
 from esper.hosts import ClassifierModule, HostConfig, HostData, LanguageModule, ShakespeareData
 from esper.interrupt import StopRequest
@@ -107,6 +108,7 @@ def run_arm(
         **settings.trainer.lightning_arguments(),
         default_root_dir=arm.folder,
         logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
         callbacks=[callback, progress, *_extra(settings.callbacks.extra), checkpoint],
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, TextIO
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from esper.atomic import replacing
 
 __all__ = ["MetricsFile"]
 
@@ -85,13 +86,14 @@ class MetricsFile(Logger):
         self._close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns = columns or (list(rows[0]) if rows else self._columns)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(self.path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self._columns)
             if self._columns:
                 writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
         self._file = self.path.open("a", newline="", encoding="utf-8")
 
     def _close(self) -> None:

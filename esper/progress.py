@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from esper.atomic import replacing
 from esper.interrupt import StopRequest
 from esper.metrics_file import MetricsFile
 from esper.report.live import LiveDisplay
 
-__all__ = ["EXAMPLE_SHAPE", "LastCheckpoint", "Progress"]
+__all__ = ["EXAMPLE_SHAPE", "PREVIOUS", "LastCheckpoint", "Progress"]
+
+PREVIOUS = "previous.ckpt"
+"""The checkpoint before the last, while a run goes on: a damaged disk may take the last one."""
 
 EXAMPLE_SHAPE = "esper_example_shape"
 """Key under which a checkpoint holds the shape of a batch of inputs, for ``esper export``."""
@@ -117,6 +123,8 @@ class LastCheckpoint(Checkpoint):
         ends = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
         if ends or epoch % self._every_epochs == 0:
             self._save(trainer)
+        if ends and not self._stop.requested:
+            self._previous.unlink(missing_ok=True)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -124,9 +132,24 @@ class LastCheckpoint(Checkpoint):
         """Note what an export needs to know of the inputs."""
         checkpoint[EXAMPLE_SHAPE] = list(self._example_shape)
 
+    @property
+    def _previous(self) -> Path:
+        return self.path.with_name(PREVIOUS)
+
     def _save(self, trainer: L.Trainer) -> None:
+        if self.path.exists():
+            with replacing(self._previous) as temporary:
+                temporary.unlink(missing_ok=True)
+                _link_or_copy(self.path, temporary)
         trainer.save_checkpoint(self.path)
         self.saved_step = trainer.global_step
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def _number(value: Any) -> float:

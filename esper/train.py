@@ -36,7 +36,7 @@ from esper.report.summary import (
     read_summary,
     write_summary,
 )
-from esper.resuming import find_checkpoint, recorded_overrides
+from esper.resuming import find_checkpoint, newest_whole, recorded_overrides
 from esper.settings import TrainSettings, parse_settings
 
 __all__ = ["EXPORTED", "main", "train"]
@@ -97,7 +97,7 @@ def train(
         )  # a shape without a uniform relative fails here, not at the end
     digest = hash_config(config, _NOT_HASHED)
     resume = find_checkpoint(config.get("resume"), folder)
-    in_place = resume is not None and resume.resolve() == (folder / CHECKPOINT).resolve()
+    in_place = resume is not None and resume.resolve().parent == (folder / CHECKPOINT).resolve().parent
     finished = _finished(folder, digest) if in_place else {}
     console.print(f"{settings.name}, seed {settings.seed} → {_shown(folder)}", style="bold", soft_wrap=True)
     started = time.time()
@@ -143,8 +143,8 @@ def _arms(run: _Run, host: HostConfig, resume: Path | None, results: Sequence[Ar
         controls.append(("uniform", host.uniform_like(results[0].parameters)))
     for name, config in controls:
         folder = run.folder / "controls" / name
-        checkpoint = folder / CHECKPOINT
-        usable = run.resuming and checkpoint.exists() and saved_host(checkpoint) == host_to_dict(config)
+        checkpoint = newest_whole(folder) if run.resuming else None
+        usable = checkpoint is not None and saved_host(checkpoint) == host_to_dict(config)
         yield Arm(name, config, control_growth(settings.seed), folder, checkpoint if usable else None)
 
 

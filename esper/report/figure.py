@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from esper.atomic import replacing
 from esper.messages import Event
 from esper.report.history import Mark, growth_marks, seeds
 from esper.report.marks import MARK_STYLES, draw_marks, room_above
@@ -81,7 +82,8 @@ def growth_figure(
     out = Path(out)
     with matplotlib.rc_context(STYLE):
         figure = _draw(runs, events, title)
-        figure.savefig(out)
+        with replacing(out) as temporary:
+            figure.savefig(temporary)
     return out
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from esper.errors import ConfigError
 from esper.messages import Event
 from esper.report.history import parameter_curve
-from esper.report.journal import read_journal
+from esper.report.journal import last_run, read_journal
 from esper.report.metrics import EMPTY, ArmCurves, Series, find_metric, read_metrics
 from esper.report.summary import ArmSummary, RunSummary, read_summary
 
@@ -60,7 +60,7 @@ def report(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = No
 
     folder = _require_run(path)
     summary = read_summary(folder / SUMMARY) if (folder / SUMMARY).exists() else None
-    events = read_journal(folder / JOURNAL) if (folder / JOURNAL).exists() else []
+    events = last_run(read_journal(folder / JOURNAL)) if (folder / JOURNAL).exists() else []
     arms = run_curves(folder, summary, events)
     title = f"{summary.experiment}, seed {summary.seed}" if summary else f"{folder.name} (not finished)"
     figure = growth_figure(arms, events, Path(out) if out else folder / FIGURE, title=title)

@@ -12,18 +12,19 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import msgspec
 
+from esper.atomic import replacing
 from esper.errors import MessageError
 from esper.messages import Event, RunRecord
 from esper.report.nonfinite import decode_any, decode_numbers, encode_any, encode_numbers
 
-__all__ = ["Journal", "decode_event", "encode_event", "read_journal"]
+__all__ = ["Journal", "decode_event", "encode_event", "last_run", "read_journal"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,13 @@ def read_journal(path: str | os.PathLike[str]) -> list[Event]:
     return [event for _, event in _events(path, whole)]
 
 
+def last_run(events: Sequence[Event]) -> list[Event]:
+    """Return the events of the run that was written to last: one file may hold several, as where a notebook's
+    cell is run again, and their seeds have the same names.
+    """
+    return [event for event in events if event.run_id == events[-1].run_id]
+
+
 class Journal:
     """Append-only writer of ``growth.jsonl``; each line reaches the operating system before `write` returns.
 
@@ -105,12 +113,16 @@ class Journal:
         while written < len(line):  # a raw write may take part of it, on a full pipe or a signal
             written += file.write(line[written:])
 
-    def truncate_after(self, step: int) -> int:
+    def truncate_after(self, step: int, run_id: str) -> int:
         """Make the journal what it was when the checkpoint of ``step`` was written, for a resumed run.
 
-        Removes events of later steps (they will happen again) and every ``end`` mark (the run has not ended
+        Removes the run's events of later steps (they will happen again) and its ``end`` marks (it has not ended
         after all). Growth precedes the checkpoint within a step, so events *of* ``step`` stay. The file is
         replaced in one move: a kill leaves the old journal or the new one.
+
+        Args:
+            step: Optimizer steps of the checkpoint.
+            run_id: Of the run that is resumed; what other runs have written to the same file stays.
 
         Returns:
             The number of lines removed.
@@ -120,18 +132,14 @@ class Journal:
         removed = 0
         for line, event in _events(self.path, self.path.read_bytes()):
             is_end = isinstance(event, RunRecord) and event.event == "end"
-            if event.step > step or is_end:
+            if event.run_id == run_id and (event.step > step or is_end):
                 removed += 1
             else:
                 kept.append(line + b"\n")
         if removed:
             self.close()
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            with temporary.open("wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
             self._open()
         return removed
 
@@ -196,7 +204,9 @@ def _events(path: Path, content: bytes) -> Iterator[tuple[bytes, Event]]:
         try:
             yield line, decode_event(line)
         except MessageError as error:
-            raise MessageError(f"{path}, line {number}: {error}") from error
+            raise MessageError(
+                f"{path}, line {number}: {error}; remove the line, or move the file away"
+            ) from error
 
 
 def _decode_raw(line: bytes) -> Any:

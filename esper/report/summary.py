@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from esper.atomic import replacing
 from esper.errors import MessageError
 from esper.messages import Count
 from esper.report.nonfinite import decode_numbers, encode_numbers
@@ -83,9 +84,8 @@ def write_summary(path: str | os.PathLike[str], summary: RunSummary) -> None:
     path = Path(path)
     raw = msgspec.to_builtins(summary)
     raw["arms"] = [encode_numbers(arm) for arm in raw["arms"]]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=2) + b"\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=2) + b"\n")
 
 
 def read_summary(path: str | os.PathLike[str]) -> RunSummary:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from esper.errors import MessageError
 from esper.messages import GovernorRecord, RunRecord
-from esper.report.journal import Journal, decode_event, encode_event, read_journal
+from esper.report.journal import Journal, decode_event, encode_event, last_run, read_journal
 
 from .conftest import decision, transition
 
@@ -178,16 +178,18 @@ def test_a_last_line_without_newline_but_whole_is_kept(tmp_path, growth_events):
 @pytest.mark.parametrize("checkpoint", [0, 70, 71, 100, 1000])
 def test_a_resumed_journal_equals_an_uninterrupted_one(tmp_path, growth_events, checkpoint):
     path = tmp_path / "growth.jsonl"
+    another = [RunRecord("another", "start", 0, {}, 0.0), RunRecord("another", "end", 2000, {}, 0.0)]
     with Journal(path) as journal:
-        for event in growth_events:
+        for event in [*another, *growth_events]:
             journal.write(event)
         journal.write(RunRecord("run", "end", 60, {}, 0.0))
     with Journal(path) as journal:
         later = [event for event in growth_events if event.step > checkpoint]
-        assert journal.truncate_after(checkpoint) == len(later) + 1
+        assert journal.truncate_after(checkpoint, "run") == len(later) + 1
         for event in later:
             journal.write(event)
-    assert read_journal(path) == growth_events
+    assert read_journal(path) == [*another, *growth_events]
+    assert last_run(read_journal(path)) == growth_events
     assert [child.name for child in tmp_path.iterdir()] == ["growth.jsonl"]
 
 
