@@ -9,6 +9,7 @@ from torch import nn
 
 from esper.kasmina.activations import is_activation
 from esper.kasmina.blueprints import fitting
+from esper.kasmina.linear_like import features
 from esper.kasmina.reasons import why_not_stacked
 from esper.kasmina.sites import BuildContext, Site, site_name
 from esper.kasmina.topology import LayerInfo, ModelTopology
@@ -41,8 +42,11 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
     for layer in dense:
         _add(candidates, _site("parallel", layer, layer))
     for layer in usable.values():
-        if isinstance(model.get_submodule(layer.name), nn.MultiheadAttention):
+        module = model.get_submodule(layer.name)
+        if isinstance(module, nn.MultiheadAttention):
             _add(candidates, _functional_site(layer))
+        elif not layer.block and not isinstance(module, _DENSE) and features(module) is not None:
+            _add(candidates, _site("parallel", layer, layer))
     dense_names = {layer.name for layer in dense}
     for first in dense:
         for second, ops, through in _next_dense(model, topology, first.name, dense_names):

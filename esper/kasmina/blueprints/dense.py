@@ -1,4 +1,4 @@
-"""Blueprints at ``nn.Linear`` layers: ``widen``, ``bottleneck`` and ``lowrank``.
+"""Blueprints at ``nn.Linear`` layers and their like: ``widen``, ``bottleneck`` and ``lowrank``.
 
 Legend: p inputs, q outputs, k hidden units, r rank; x is [*, p] and the contribution [*, q].
 """
@@ -12,6 +12,7 @@ from esper.errors import GrowthError
 from esper.kasmina.activations import is_elementwise
 from esper.kasmina.blueprints.registry import blueprint
 from esper.kasmina.blueprints.units import HiddenUnits, between_layers, he, zero
+from esper.kasmina.linear_like import features
 from esper.kasmina.sites import BuildContext
 
 __all__ = ["LowRank", "bottleneck", "init_widen_closed_form", "lowrank", "widen"]
@@ -53,9 +54,15 @@ def not_parallel_to_linear(context: BuildContext) -> str | None:
 
 def _no_linear(context: BuildContext) -> str | None:
     layer = context.target_layer
-    if not isinstance(layer, nn.Linear):
+    if features(layer) is None:
         return f"target {context.site.target!r} should be an nn.Linear, but is {type(layer).__name__}"
     return None
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    found = features(layer)
+    assert found is not None
+    return found
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -68,13 +75,11 @@ def _widen_size(context: BuildContext) -> int:
 
 
 def _bottleneck_size(context: BuildContext) -> int:
-    layer = _linear(context.target_layer)
-    return max(8, min(layer.in_features, layer.out_features) // 4)
+    return max(8, min(_features(context.target_layer)) // 4)
 
 
 def _rank(context: BuildContext) -> int:
-    layer = _linear(context.target_layer)
-    return min(8, layer.in_features, layer.out_features)
+    return min(8, *_features(context.target_layer))
 
 
 @blueprint("widen", kinds=("bypass",), default_size=_widen_size, accepts=not_between_linears)
@@ -135,11 +140,11 @@ def bottleneck(context: BuildContext, size: int) -> HiddenUnits:
 
     Source: He et al. 2022, arXiv 2110.04366, "parallel adapter".
     """
-    layer = _linear(context.target_layer)
+    inputs, outputs = _features(context.target_layer)
     return HiddenUnits(
-        he(nn.Linear(layer.in_features, size)),
+        he(nn.Linear(inputs, size)),
         nn.GELU(),
-        zero(nn.Linear(size, layer.out_features, bias=False)),
+        zero(nn.Linear(size, outputs, bias=False)),
     )
 
 
@@ -170,5 +175,4 @@ class LowRank(nn.Module):
 @blueprint("lowrank", kinds=("parallel",), default_size=_rank, accepts=_no_linear)
 def lowrank(context: BuildContext, size: int) -> LowRank:
     """W + BA of rank ``size``; the only blueprint for a weight that is used without calling its layer."""
-    layer = _linear(context.target_layer)
-    return LowRank(layer.in_features, layer.out_features, size)
+    return LowRank(*_features(context.target_layer), size)
