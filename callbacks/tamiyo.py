@@ -201,6 +201,8 @@ class TamiyoCallback(L.Callback):
         same_run = 0 < self._last_step <= trainer.global_step
         self._last_step = trainer.global_step
         restored, self._restored = self._restored, None
+        if restored is None and self._controller is not None and not same_run:
+            self.run_id = uuid.uuid4().hex[:12]  # a run of its own, whose events may stand in the same journal
         self._records = Records(
             self.config,
             self.run_id,
