@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from esper.callbacks.checks import check_optimizers, check_trainer
 from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.distributed import ranks_of
+from esper.callbacks.doctor import Checkup, check_up
 from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size
@@ -137,6 +138,32 @@ class TamiyoCallback(L.Callback):
     def health(self) -> list[HealthSignal]:
         """The last health signal of each layer and seed; empty before the first sampled step."""
         return [] if self._controller is None else list(self._controller.health.values())
+
+    def doctor(self, model: L.LightningModule, batch: Any, *, trainer: L.Trainer | None = None) -> Checkup:
+        """Print what can grow in ``model``, what cannot and why, what conflicts, and what growth could cost.
+
+        Everything happens on a copy: the model, its gradients and buffers and all random numbers stay as they are.
+
+        Args:
+            model: That will be trained.
+            batch: One of its training batches.
+            trainer: That will train it, to look at its settings.
+
+        Returns:
+            What was printed, as data.
+
+        Raises:
+            AttachError: The model cannot be copied, or fails on the batch.
+        """
+        from rich.console import Console
+
+        from esper.report.checkup import checkup_tables
+
+        found = check_up(
+            model, batch, callback_type=TamiyoCallback, budget=self.config.budget, trainer=trainer
+        )
+        Console(highlight=False).print(checkup_tables(found.as_dict()))
+        return found
 
     def summary(self) -> dict[str, float]:
         """Size and cost of the run: ``num_parameters``, ``training_flops``, the seeds' counts, and how often

@@ -18,7 +18,7 @@ from typing import Any
 
 from esper.errors import ConfigError
 
-__all__ = ["bench", "find_benchmarks", "read_options"]
+__all__ = ["bench", "find_benchmarks", "key_values", "read_options"]
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -91,20 +91,30 @@ def read_options(
     Raises:
         ConfigError: An option that ``run`` does not take, or one without ``=``.
     """
-    options = dict(given)
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set expects KEY=VALUE, got {setting!r}")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
+    options = {**given, **key_values(settings)}
     known = {p.name: p for p in inspect.signature(run).parameters.values()}
     if unknown := sorted(set(options) - set(known)):
         described = ", ".join(f"{p.name}={p.default!r}" for p in known.values()) or "none"
         raise ConfigError(f"benchmark {name!r} has the options: {described}; got also {unknown}")
     return options
+
+
+def key_values(settings: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """Read ``key=value`` texts; a value is JSON, or a string where it is not.
+
+    Raises:
+        ConfigError: One without ``=``.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{option} expects KEY=VALUE, got {setting!r}")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
 
 
 def _module(name: str) -> ModuleType:

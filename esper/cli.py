@@ -77,6 +77,33 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--input-shape", type=_shape, metavar="N,N,...", help="shape of one float sample, without the batch"
     )
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what can grow in a model, what cannot and why, what conflicts, and what growth could cost",
+        description="Exits with 0 if something can grow and nothing conflicts, with 1 if not, with 2 after a mistake.",
+    )
+    doctor.add_argument(
+        "model", metavar="MODULE:CLASS", help="a LightningModule, an nn.Module, or what makes one"
+    )
+    doctor.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of its constructor"
+    )
+    doctor.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="[NAME=]N,N,...[:DTYPE]",
+        help="shape of an argument of forward, the batch first; by default example_input_array, or a batch of "
+        "train_dataloader",
+    )
+    doctor.add_argument(
+        "--trainer",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the trainer to look at",
+    )
+    doctor.add_argument("--json", action="store_true", help="print all of it as one object")
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME")
     bench.add_argument("--json", action="store_true", help="print one flat object, figure name -> number")
@@ -123,6 +150,16 @@ def _dispatch(options: argparse.Namespace) -> int:
             export_checkpoint(
                 options.checkpoint, options.out, model=options.model, input_shape=options.input_shape
             )
+        )
+    elif options.command == "doctor":
+        from esper.doctor import doctor
+
+        return doctor(
+            options.model,
+            settings=options.set,
+            inputs=options.input,
+            trainer=options.trainer,
+            as_json=options.json,
         )
     else:
         from esper.benchmarks import bench

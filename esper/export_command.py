@@ -18,7 +18,7 @@ from esper.kasmina.loading import load, read_checkpoint
 from esper.progress import EXAMPLE_SHAPE
 from esper.quiet import quiet
 
-__all__ = ["example_input", "export_checkpoint", "import_class"]
+__all__ = ["example_input", "export_checkpoint", "import_class", "import_named"]
 
 
 def export_checkpoint(
@@ -77,10 +77,22 @@ def example_input(host: HostConfig, shape: tuple[int, ...]) -> Tensor:
 
 
 def import_class(name: str) -> type[nn.Module]:
-    """Import ``package.module:Class``, from the working directory too, as ``python -m`` does.
+    """Import the module class ``package.module:Class``.
 
     Raises:
         ConfigError: It cannot be imported, or is no module class.
+    """
+    found = import_named(name)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"model {name!r} should be a subclass of nn.Module, but is {found!r}")
+    return found
+
+
+def import_named(name: str) -> Any:
+    """Import ``package.module:Name``, from the working directory too, as ``python -m`` does.
+
+    Raises:
+        ConfigError: It cannot be imported.
     """
     home, _, attribute = name.partition(":")
     if not home or not attribute:
@@ -93,8 +105,6 @@ def import_class(name: str) -> type[nn.Module]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"model {name!r} should be a subclass of nn.Module, but is {found!r}")
     return found
 
 
