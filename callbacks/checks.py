@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from esper.callbacks.strategies import strategy_conflicts
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import refusal, unwrap
 
@@ -119,12 +119,8 @@ def _refuse(refused: list[Conflict]) -> None:
 
 
 def _strategy(setup: Setup) -> Iterator[Conflict]:
-    if not isinstance(setup.trainer.strategy, SingleDeviceStrategy):
-        yield Conflict(
-            f"the strategy {type(setup.trainer.strategy).__name__}",
-            "seeds would differ between processes",
-            "train on one device, or use policy='off' to watch only",
-        )
+    for what, why, way_out in strategy_conflicts(setup.trainer, setup.module):
+        yield Conflict(what, why, way_out)
 
 
 def _averaging(setup: Setup) -> Iterator[Conflict]:

@@ -194,11 +194,11 @@ class TamiyoCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let checkpoints regrow the model, and refuse what growth cannot work with."""
+        if stage == "fit" and self.config.policy != "off":
+            check_trainer(trainer, TamiyoCallback)  # first, because it looks at what the module could do before
         follow_state_dict(pl_module)
         self._stage = stage
         if stage == "fit":
-            if self.config.policy != "off":
-                check_trainer(trainer, TamiyoCallback)
             if self._body is not None and self._body.model is not pl_module:
                 self._reset()
                 self.run_id = uuid.uuid4().hex[:12]  # the journal may hold both runs

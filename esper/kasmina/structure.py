@@ -16,6 +16,7 @@ from torch import nn
 from esper.errors import CheckpointError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.cache_place import first_free_number
+from esper.kasmina.fast_path import close_after, open_for
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import BuildContext, Site
@@ -27,6 +28,7 @@ __all__ = [
     "build_context",
     "conform",
     "follow_state_dict",
+    "follows_state_dict",
     "has_seeds",
     "plant",
     "seed_states_in",
@@ -131,6 +133,7 @@ def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
     holder = context.target_layer._modules[SEEDS]
     assert isinstance(holder, nn.ModuleDict)
     holder[state.seed_id] = seed
+    open_for(model, site.target, seed)
     _note_change()
     return seed
 
@@ -150,6 +153,7 @@ def uproot(model: nn.Module, seed: Seed) -> None:
         slot.taps = [tap for tap in slot.taps if tap is not seed.tap]
         rest(source)
     rest(target)
+    close_after(model, seed.site.target)
 
 
 def conform(model: nn.Module, wanted: list[SeedState]) -> None:
@@ -184,10 +188,15 @@ def conform(model: nn.Module, wanted: list[SeedState]) -> None:
 
 def follow_state_dict(model: nn.Module) -> None:
     """Make ``model.load_state_dict`` grow or ungrow the model first; does nothing the second time."""
-    for hook in model._load_state_dict_pre_hooks.values():
-        if getattr(hook, "hook", hook) is _before_load:
-            return
-    model.register_load_state_dict_pre_hook(_before_load)
+    if not follows_state_dict(model):
+        model.register_load_state_dict_pre_hook(_before_load)
+
+
+def follows_state_dict(model: nn.Module) -> bool:
+    """Whether ``model.load_state_dict`` grows or ungrows the model first."""
+    return any(
+        getattr(hook, "hook", hook) is _before_load for hook in model._load_state_dict_pre_hooks.values()
+    )
 
 
 def unfollow_state_dict(model: nn.Module) -> None:

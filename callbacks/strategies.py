@@ -1,0 +1,70 @@
+"""Which of Lightning's strategies growth works under, and why not under the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+from esper.kasmina.loading import GrowableMixin
+from esper.kasmina.structure import follows_state_dict
+
+__all__ = ["strategy_conflicts"]
+
+_WAY_OUT = "use strategy='ddp' or one device, or policy='off' to watch only"
+_SHARDED = "it shards the parameters when training starts, and a seed that comes later would not be sharded with them"
+_REFUSED: dict[type, str] = {
+    FSDPStrategy: _SHARDED,
+    ModelParallelStrategy: _SHARDED,
+    DeepSpeedStrategy: "its engine takes the model's parameters over when training starts, and takes no further ones",
+}
+
+
+def strategy_conflicts(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str, str]]:
+    """What about a trainer's strategy does not go together with growth.
+
+    Args:
+        trainer: As the user configured it.
+        module: The module to train.
+
+    Yields:
+        What, why, and the way out.
+    """
+    strategy: Any = trainer.strategy
+    name = f"the strategy {type(strategy).__name__}"
+    if isinstance(strategy, DDPStrategy):
+        yield from _ddp_conflicts(strategy, module)
+    elif not isinstance(strategy, SingleDeviceStrategy):
+        why = next((why for kind, why in _REFUSED.items() if isinstance(strategy, kind)), "")
+        yield name, why or "nobody has tried whether seeds stay the same on all its devices", _WAY_OUT
+    elif strategy.root_device.type == "xla":
+        yield (
+            name,
+            "a growing model would be compiled anew at every change, and nobody has tried it",
+            _WAY_OUT,
+        )
+
+
+def _ddp_conflicts(strategy: DDPStrategy, module: L.LightningModule) -> Iterator[tuple[str, str, str]]:
+    if strategy._ddp_comm_state is not None:
+        yield (
+            f"DDPStrategy(ddp_comm_state={type(strategy._ddp_comm_state).__name__}(...))",
+            "its hook remembers gradients by their place in DDP's buckets, which growth rearranges",
+            "leave ddp_comm_state out; a hook without a state, such as fp16_compress_hook, may stay",
+        )
+    remembers = isinstance(module, GrowableMixin) or follows_state_dict(module)
+    if isinstance(strategy.launcher, _MultiProcessingLauncher) and not remembers:
+        yield (
+            f"DDPStrategy(start_method={strategy._start_method!r})",
+            "the weights come back to a module in this process that would drop its seeds without a word",
+            f"class {type(module).__name__}(esper.GrowableMixin, ...), which regrows it, or strategy='ddp'",
+        )
