@@ -11,15 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from esper.callbacks.strategies import strategy_conflicts
 from esper.errors import UnsupportedError
@@ -124,12 +120,12 @@ def _strategy(setup: Setup) -> Iterator[Conflict]:
 
 
 def _averaging(setup: Setup) -> Iterator[Conflict]:
-    for callback in setup.callbacks:
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+    for name, child in setup.module.named_modules():
+        if isinstance(child, AveragedModel):
             yield Conflict(
-                f"the callback {type(callback).__name__}",
+                f"the averaged model {name!r} inside {type(setup.module).__name__}",
                 "it pairs parameters by position, and would average a seed with another layer",
-                "leave it out, or average after the last growth",
+                "average by Lightning's callbacks (EMAWeightAveraging, WeightAveraging), whose copy grows along",
             )
 
 

@@ -14,6 +14,7 @@ import msgspec
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.callbacks.averaging import Averages
 from esper.callbacks.checks import check_optimizers, check_trainer
 from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.distributed import ranks_of
@@ -84,6 +85,7 @@ class TamiyoCallback(L.Callback):
         self._compilation = CompilationWatch()
         self._restored: dict[str, Any] | None = None
         self._stage = "fit"
+        self._averages: Averages | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -202,12 +204,15 @@ class TamiyoCallback(L.Callback):
             if self._body is not None and self._body.model is not pl_module:
                 self._reset()
                 self.run_id = uuid.uuid4().hex[:12]  # the journal may hold both runs
+            self._averages = Averages(pl_module, trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the optimizers, and put their groups in the order of the checkpoint."""
         growing = self.config.policy != "off"
         if growing:
             check_optimizers(trainer)
+        if self._averages is not None:
+            self._averages.check()
         self._run = LightningRun(
             trainer,
             pl_module,
@@ -234,7 +239,7 @@ class TamiyoCallback(L.Callback):
             self.config,
             self.run_id,
             trainer,
-            self.listeners if trainer.is_global_zero else [],
+            self._heard_by(trainer),
             resumed_at=None if restored is None else trainer.global_step,
         )
         if restored is not None:
@@ -323,8 +328,17 @@ class TamiyoCallback(L.Callback):
             with uninterrupted():  # a model that is half changed could not be saved
                 self._safe_point(trainer, step)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let an average that takes the module's place for validation have the seeds' stages and strengths."""
+        self._sync_averages()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same for an average that takes the module's place at the end of training, before our hook."""
+        self._sync_averages()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the records."""
+        self._sync_averages()
         self._tell_compilations(trainer)
         if self._records is not None:
             size_and_cost = {} if self._body is None else self.summary()
@@ -349,6 +363,7 @@ class TamiyoCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain types and tensors (``weights_only`` loads it)."""
+        self._sync_averages()  # here, because states are asked for before any callback writes an average down
         common = {
             "version": _STATE_VERSION,
             "run_id": self.run_id,
@@ -387,6 +402,15 @@ class TamiyoCallback(L.Callback):
 
     # ---------------------------------------------------------------- inside
 
+    def _heard_by(self, trainer: L.Trainer) -> list[Callable[[Event], None]]:
+        """Who is told of events: averages on every rank, the user's listeners on rank 0."""
+        averages = [] if self._averages is None else [self._averages.note]
+        return [*averages, *(self.listeners if trainer.is_global_zero else [])]
+
+    def _sync_averages(self) -> None:
+        if self._averages is not None:
+            self._averages.sync()
+
     def _request(self, decision: Decision) -> None:
         self._requests.append(decision)
 
@@ -420,6 +444,8 @@ class TamiyoCallback(L.Callback):
             controller.request(decision)
         self._requests.clear()
         controller.safe_point(step, trainer.current_epoch)
+        if self._averages is not None:
+            self._averages.follow()
         self._follow_seeds()
         self._tell_compilations(trainer)
         sampled, gradients, seeds = self._sampled(step), self._wants_gradients(step), bool(body.seeds)
@@ -436,6 +462,8 @@ class TamiyoCallback(L.Callback):
         """Somebody has changed the body by hand: look at everything again, from this very batch on."""
         self._quiet_until = 0
         self._hooks.set("on_before_optimizer_step", True)
+        if self._averages is not None:
+            self._averages.follow()
 
     def _wants_gradients(self, step: int) -> bool:
         """Whether the governor judges the gradients of the batch after optimizer step ``step``."""

@@ -9,10 +9,11 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from runs import QUICK, Every, assert_registered, decisions, fit, growing, journal, mlp, trainer, transitions
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
 from esper.callbacks import TamiyoCallback
@@ -164,22 +165,45 @@ def test_reduced_precision(precision, tmp_path):
 def test_lbfgs_is_refused_before_training_with_the_cure(tmp_path):
     module = mlp()
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
-    with pytest.raises(UnsupportedError, match=r"optimizer LBFGS: it keeps one flat history.*use AdamW or SGD"):
+    with pytest.raises(
+        UnsupportedError, match=r"optimizer LBFGS: it keeps one flat history.*use AdamW or SGD"
+    ):
         fit(trainer(tmp_path, growing(tmp_path), NoTraining()), module)
 
 
-def test_averaging_callbacks_and_a_second_grower_are_refused_together(tmp_path):
+def test_conflicts_are_refused_together(tmp_path):
     class Another(TamiyoCallback):
         """Lightning itself refuses two of the very same class."""
 
-    callbacks = [growing(tmp_path), Another(bus=None), NoTraining()]
-    averaging = [StochasticWeightAveraging(swa_lrs=0.01), EMAWeightAveraging()]
+    class Averaging(Both):
+        """Averages by hand, and cannot be measured without being trained."""
+
+        validation_step = L.LightningModule.validation_step
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = AveragedModel(self.first)
+
     with pytest.raises(UnsupportedError) as caught:
-        fit(trainer(tmp_path, *callbacks, *averaging), mlp())
+        fit(trainer(tmp_path, growing(tmp_path), Another(bus=None), NoTraining()), Averaging())
     text = str(caught.value)
-    assert "StochasticWeightAveraging: it pairs parameters by position" in text
-    assert "EMAWeightAveraging" in text
+    assert "the averaged model 'mean' inside Averaging" in text
     assert "more than one TamiyoCallback" in text
+    assert "manual optimization without a validation_step" in text
+
+
+def test_several_processes_are_refused_with_the_reason(tmp_path):
+    runner = trainer(tmp_path, growing(tmp_path), NoTraining(), strategy="ddp", devices=2)
+    with pytest.raises(
+        UnsupportedError, match="DDPStrategy: seeds would differ between processes; train on one"
+    ):
+        growing(tmp_path).setup(runner, _attached(runner, mlp()), "fit")
+
+
+def _attached(runner: L.Trainer, module: L.LightningModule) -> L.LightningModule:
+    """What Lightning does before it calls ``setup``; launching processes is left out."""
+    runner.strategy._lightning_module = module
+    return module
 
 
 def test_a_run_of_unknown_length_needs_a_horizon(tmp_path):
