@@ -46,7 +46,7 @@ class SentenceDataset(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
         longest = int(self._lengths[index].max())
-        return self.ids[index][..., :longest], self.labels[index]
+        return self.ids[index][..., :longest].contiguous(), self.labels[index]
 
 
 def tokenize(texts: Sequence[str], tokenizer_file: Path, max_length: int) -> Tensor:

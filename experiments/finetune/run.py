@@ -1,0 +1,258 @@
+"""Adapters by one callback beside PEFT's on a frozen MiniLM: CLINC150, equal parameters, steps and rate search.
+
+    ESPER_DATA_DIR=... OMP_NUM_THREADS=1 python experiments/finetune/run.py [phase ...]
+
+Phases: search, final, time, memory, full, summary (all of them by default). Every finished run is a line of
+``runs.jsonl`` in the folder ``--out``; a run that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import arms
+import lightning.pytorch as L
+import torch
+from hydra import initialize_config_module
+
+from esper.bench._record import machine
+from esper.bench._turns import Turn, time_in_turns
+from esper.hosts import ClincData
+from esper.report.statistics import paired_difference
+from esper.report.summary import collect_versions
+
+MAIN = ("probe", "LoRA", "AdaLoRA", "uniform", "uniform while it pays", "random", "expressivity")
+VARIANTS = ("uniform, all layers", "uniform, bottleneck", "uniform, isolated")
+SEARCHED = ("probe", "LoRA", "AdaLoRA", "uniform", "expressivity")
+"""The other arms take the rate of ``uniform``: theirs are the same adapters elsewhere, or later."""
+RATES = (0.004, 0.008, 0.016)
+SEEDS = (0, 1, 2, 3, 4)
+SEARCH_SEED = 100
+FEW = 10
+STEPS = 94
+"""Two epochs of 1500 sentences in batches of 32."""
+FULL_STEPS = 469
+TIMED = ("LoRA", "AdaLoRA", "uniform", "probe")
+
+
+class Runs:
+    """Finished runs by what they were, kept in a file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def get(self, **key: Any) -> dict[str, Any] | None:
+        return next((r for r in self.records if all(r.get(k) == v for k, v in key.items())), None)
+
+    def add(self, record: dict[str, Any]) -> dict[str, Any]:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+        return record
+
+    def train(
+        self, phase: str, arm: str, lr: float, seed: int, steps: int, split: str, data: Data
+    ) -> dict[str, Any]:
+        key = {"phase": phase, "arm": arm, "lr": lr, "seed": seed}
+        known = self.get(**key)
+        if known is not None:
+            return known
+        with tempfile.TemporaryDirectory() as folder:
+            return self.add(key | arms.train(arm, lr, seed, steps, data.of, Path(folder), split))
+
+
+class Data:
+    """One reading of the sentences, for all seeds."""
+
+    def __init__(self, few: int | None) -> None:
+        self._few, self._first = few, ClincData(examples_per_intent=few, batch_size=arms.BATCH)
+
+    def of(self, seed: int) -> ClincData:
+        made = ClincData(examples_per_intent=self._few, batch_size=arms.BATCH, seed=seed)
+        made._splits = self._first.splits
+        return made
+
+
+def search(runs: Runs, data: Data, names: tuple[str, ...]) -> dict[str, float]:
+    """The best rate of each arm on the validation split; where it lies at the edge, one further."""
+    best = {}
+    for arm in names:
+        tried = {lr: runs.train("search", arm, lr, SEARCH_SEED, STEPS, "val", data) for lr in RATES}
+        chosen = max(tried, key=lambda lr: (tried[lr]["accuracy"], -tried[lr]["loss"]))
+        while chosen in (min(tried), max(tried)):
+            further = chosen * 2 if chosen == max(tried) else chosen / 2
+            tried[further] = runs.train("search", arm, further, SEARCH_SEED, STEPS, "val", data)
+            chosen = max(tried, key=lambda lr: (tried[lr]["accuracy"], -tried[lr]["loss"]))
+        best[arm] = chosen
+    return best
+
+
+def timing(
+    runs: Runs, data: Data, rates: dict[str, float], block_steps: int = 10, num_blocks: int = 9
+) -> None:
+    """CPU time of steps, the arms in turns within this process: ours young in blocks 1-2, fossilised after."""
+    if runs.get(phase="time") is not None:
+        return
+
+    def fit(arm: str, folder: Path) -> Any:
+        def run(turn: Turn) -> None:
+            built = arms.build(arm, rates[arm], 0, STEPS, folder)
+            arms.trainer(built, folder, STEPS, [turn]).fit(built.module, datamodule=data.of(0))
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        folders = {arm: Path(stack.enter_context(tempfile.TemporaryDirectory())) for arm in TIMED}
+        times = time_in_turns(
+            {arm: fit(arm, folders[arm]) for arm in TIMED}, block_steps=block_steps, num_blocks=num_blocks
+        )
+    runs.add({"phase": "time", "blocks": times})
+
+
+def memory(runs: Runs, names: tuple[str, ...]) -> None:
+    """Peak resident size of a fresh process that trains 25 steps."""
+    for arm in names:
+        if runs.get(phase="memory", arm=arm) is None:
+            done = subprocess.run(
+                [sys.executable, __file__, "--child-memory", arm], capture_output=True, text=True, check=True
+            )
+            runs.add({"phase": "memory", "arm": arm, "peak_mb": float(done.stdout.strip().splitlines()[-1])})
+
+
+def child_memory(arm: str) -> None:
+    data = Data(FEW)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)
+        built = arms.build(arm, 0.004, 0, STEPS, Path(folder))
+        trainer = arms.trainer(built, Path(folder), STEPS, [_StopAfter(25)])
+        trainer.fit(built.module, datamodule=data.of(0))
+    print(arms.peak_memory_mb())
+
+
+class _StopAfter(L.Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+def summarise(runs: Runs) -> dict[str, Any]:
+    """Means, spreads, and differences to LoRA paired by seed, in points of accuracy."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in runs.records:
+        if record["phase"] == "final":
+            by_arm.setdefault(record["arm"], {})[record["seed"]] = record
+    lora = {seed: 100 * r["accuracy"] for seed, r in by_arm.get("LoRA", {}).items()}
+    result: dict[str, Any] = {}
+    for arm, found in by_arm.items():
+        points = {seed: 100 * r["accuracy"] for seed, r in found.items()}
+        row = {
+            "lr": next(iter(found.values()))["lr"],
+            "accuracy": mean(points.values()),
+            "spread": stdev(points.values()) if len(points) > 1 else None,
+            "loss": mean(r["loss"] for r in found.values()),
+            "adapter_parameters": mean(r["adapter_parameters"] for r in found.values()),
+            "cpu_s": mean(r["cpu_s"] for r in found.values()),
+            "seeds": len(points),
+        }
+        difference = paired_difference(points, lora)
+        if arm != "LoRA" and difference is not None:
+            row["minus_lora"], row["interval"] = difference.mean, difference.interval
+        shared = [s for s in found if s in by_arm.get("LoRA", {})]
+        if shared:
+            row["cpu_ratio"] = mean(found[s]["cpu_s"] / by_arm["LoRA"][s]["cpu_s"] for s in shared)
+        if any("merge_difference" in r for r in found.values()):
+            row["merge_difference"] = max(r["merge_difference"] for r in found.values())
+        result[arm] = row
+    return {"arms": result, "step_ratio_to_lora": _step_ratios(runs)}
+
+
+def _step_ratios(runs: Runs) -> dict[str, dict[str, float]]:
+    """Median over pairs of neighbouring blocks of the ratio of their median steps."""
+    record = runs.get(phase="time")
+    if record is None:
+        return {}
+    blocks = {arm: [sorted(b)[len(b) // 2] for b in found] for arm, found in record["blocks"].items()}
+
+    def ratio(arm: str, chosen: slice) -> float:
+        pairs = zip(blocks[arm][chosen], blocks["LoRA"][chosen], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        middle = len(ratios) // 2
+        return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
+
+    return {
+        arm: {"young": ratio(arm, slice(0, 2)), "fossilised": ratio(arm, slice(3, None))} for arm in blocks
+    } | {"LoRA_step_ms": {"median": 1e3 * sorted(blocks["LoRA"])[len(blocks["LoRA"]) // 2]}}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), initialize_config_module("esper.conf", version_base="1.3"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phases", nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--child-memory", default="")
+    given = parser.parse_args()
+    with _quiet():
+        if given.child_memory:
+            child_memory(given.child_memory)
+            return
+        phases = given.phases or ["search", "final", "time", "memory", "variants", "full", "summary"]
+        runs = Runs(given.out / "runs.jsonl")
+        few = Data(FEW)
+        rates = search(runs, few, SEARCHED)
+        rates |= {arm: rates["uniform"] for arm in (*MAIN, *VARIANTS) if arm not in rates}
+        if "final" in phases:
+            for seed in SEEDS:
+                for arm in MAIN:
+                    runs.train("final", arm, rates[arm], seed, STEPS, "test", few)
+        if "time" in phases:
+            timing(runs, few, rates)
+        if "memory" in phases:
+            memory(runs, MAIN)
+        if "variants" in phases:
+            for seed in SEEDS:
+                for arm in VARIANTS:
+                    runs.train("final", arm, rates[arm], seed, STEPS, "test", few)
+        if "full" in phases:
+            everything = Data(None)
+            for arm in ("probe", "LoRA", "AdaLoRA", "uniform"):
+                runs.train("full", arm, rates[arm], 0, FULL_STEPS, "test", everything)
+        if "summary" in phases:
+            content = {
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "machine": machine(),
+                "versions": collect_versions(("esper", "torch", "lightning", "transformers", "peft")),
+                "summary": summarise(runs),
+                "runs": runs.records,
+            }
+            (given.out / "result.json").write_text(json.dumps(content, indent=1) + "\n")
+            print(json.dumps(content["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
