@@ -192,20 +192,6 @@ def test_conflicts_are_refused_together(tmp_path):
     assert "manual optimization without a validation_step" in text
 
 
-def test_several_processes_are_refused_with_the_reason(tmp_path):
-    runner = trainer(tmp_path, growing(tmp_path), NoTraining(), strategy="ddp", devices=2)
-    with pytest.raises(
-        UnsupportedError, match="DDPStrategy: seeds would differ between processes; train on one"
-    ):
-        growing(tmp_path).setup(runner, _attached(runner, mlp()), "fit")
-
-
-def _attached(runner: L.Trainer, module: L.LightningModule) -> L.LightningModule:
-    """What Lightning does before it calls ``setup``; launching processes is left out."""
-    runner.strategy._lightning_module = module
-    return module
-
-
 def test_a_run_of_unknown_length_needs_a_horizon(tmp_path):
     with pytest.raises(UnsupportedError, match=r"no known end.*TamiyoCallback\(horizon_steps=N\)"):
         fit(trainer(tmp_path, growing(tmp_path), NoTraining()), mlp(schedule="constant"), Streamed())
