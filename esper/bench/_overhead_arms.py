@@ -20,7 +20,7 @@ from esper.bench._hosts_to_time import HOSTS, TimedModule, loaders
 from esper.bench._turns import Fit, Turn
 from esper.callbacks import TamiyoCallback
 
-__all__ = ["ARMS", "HORIZON_STEPS", "EmptyCallback", "make_fit", "peak_memory_mb", "quiet"]
+__all__ = ["ARMS", "HORIZON_STEPS", "EmptyCallback", "make_fit", "memory_mb", "quiet"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -119,21 +119,23 @@ def _train(host: str, callbacks: list[L.Callback], *, num_steps: int, logger: An
         trainer.fit(module, **loaders(config, batch_size, num_steps))
 
 
-def peak_memory_mb(task: tuple[str, str, int]) -> float:
-    """Train ``(host, arm, steps)`` in this process, fresh as it should be, and return its peak memory in MB."""
+def memory_mb(task: tuple[str, str, int]) -> tuple[float, float]:
+    """Train ``(host, arm, steps)`` in this process, fresh as it should be, and return what memory it holds then.
+
+    Returns:
+        Megabytes that the process has allocated, its heap and tensors; and those of files that it has mapped,
+        which are pages of libraries that were run at least once: shared by all processes that run them, and
+        dropped when memory is short. The heap is never given back here (:func:`quiet`), so that what
+        is held at the end is the peak. Where a system does not tell the two apart, the second is 0.
+    """
     host, arm, num_steps = task
     _train(host, ARMS[arm](), num_steps=num_steps, logger=False, watch=None)
-    return _peak_mb()
-
-
-def _peak_mb() -> float:
-    """Peak resident memory of this process in MB."""
     status = Path("/proc/self/status")
     if status.is_file():  # ru_maxrss is no use on Linux: a child starts with its parent's peak
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1e3
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["RssAnon"].split()[0]) / 1e3, int(lines["RssFile"].split()[0]) / 1e3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return peak / (1e6 if sys.platform == "darwin" else 1e3), 0.0
 
 
 def wandb_fits(host: str, folder: Path, interval_steps: int) -> tuple[dict[str, Fit], Callable[[], None]]:

@@ -6,7 +6,7 @@ of the training thread, which other programs on the machine do not add to. To le
 all the same, each of the 200 places in a turn is given the lower quartile of its steps over all turns, and an
 arm's time is their sum: what happens every tenth or two hundredth step stays in. The interval is a bootstrap
 over turns. Arm ``again`` is ``without`` once more: how far its ratio is from one is what the method cannot
-see. Peak memory is that of a process of its own each.
+see. Memory is that of a process of its own each: what it has allocated, and apart from it what it has mapped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(
         hosts: Of ``mlp``, ``cnn`` and ``gpt``.
         num_blocks: Turns of each arm that count.
         block_steps: Steps a turn; less than 200 leaves sampled steps out of some turns.
-        memory_repeats: Processes an arm; the smallest peak counts. 0 leaves memory out.
+        memory_repeats: Processes an arm; the smallest counts. 0 leaves memory out.
         wandb: Measure ``wandb.watch(log="all")`` as well, offline, where W&B is installed.
         quick: The MLP alone, three turns, no memory.
         out: Write the figures to this JSON file.
@@ -68,8 +68,9 @@ def run(
         For each host ``H``: ``H_step_us`` without a callback; over it ``H_ratio`` with the default callback, which
         decides, and waits; ``H_watching_ratio`` with policy ``off``; ``H_probes_off_ratio`` with policy ``off`` and
         no sampled step; ``H_empty_ratio`` with a callback whose hooks do nothing; ``H_again_ratio``; each with
-        ``_low`` and ``_high``; ``H_memory_ratio``, ``H_memory_mb`` and
-        ``H_memory_added_mb``. With W&B, for the MLP and a wide one,
+        ``_low`` and ``_high``; of allocated memory ``H_memory_ratio``, ``H_memory_mb`` and
+        ``H_memory_added_mb``; of library pages that were run ``H_mapped_mb`` and ``H_mapped_added_mb``. With W&B,
+        for the MLP and a wide one,
         ``H_wandb_watch_us`` and ``H_esper_watch_us``, what either adds to a step at one sample in 50 steps, and
         ``H_wandb_sample_ms`` and ``H_esper_sample_ms``, what a sampled step takes longer than the others of its
         run, which is the better known figure on the wide one.
@@ -77,7 +78,7 @@ def run(
     Raises:
         ConfigError: An unknown host, or too few turns.
     """
-    from esper.bench._overhead_arms import ARMS, HORIZON_STEPS, make_fit, peak_memory_mb, quiet
+    from esper.bench._overhead_arms import ARMS, HORIZON_STEPS, make_fit, memory_mb, quiet
     from esper.bench._turns import time_in_turns
 
     if quick:
@@ -103,15 +104,17 @@ def run(
         tasks = [
             (host, arm, 2 * BLOCK_STEPS) for arm in ("without", "attached") for _ in range(memory_repeats)
         ]
-        peaks = [
+        held = [
             # a pool of its own for each, because a process that has trained before has its peak behind it
-            run_all(peak_memory_mb, [task], title=f"memory of {host}", num_workers=1, prepare=quiet)[0]
+            run_all(memory_mb, [task], title=f"memory of {host}", num_workers=1, prepare=quiet)[0]
             for task in tasks
         ]
-        without, attached = min(peaks[:memory_repeats]), min(peaks[memory_repeats:])
-        figures[f"{host}_memory_ratio"] = attached / without
-        figures[f"{host}_memory_mb"] = without
-        figures[f"{host}_memory_added_mb"] = attached - without
+        without, attached = min(held[:memory_repeats]), min(held[memory_repeats:])
+        figures[f"{host}_memory_ratio"] = attached[0] / without[0]
+        figures[f"{host}_memory_mb"] = without[0]
+        figures[f"{host}_memory_added_mb"] = attached[0] - without[0]
+        figures[f"{host}_mapped_mb"] = without[1]
+        figures[f"{host}_mapped_added_mb"] = attached[1] - without[1]
     if out:
         options: dict[str, Any] = {"hosts": list(hosts), "num_blocks": num_blocks, "block_steps": block_steps}
         write_record(out, benchmark="overhead", options=options, figures=figures, runs=[])
