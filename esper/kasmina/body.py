@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from esper.errors import AttachError, GrowthError
 from esper.kasmina.blueprints import Cost, get_blueprint
+from esper.kasmina.evaluation_pass import find_skipped
 from esper.kasmina.example import forget_example
 from esper.kasmina.find_sites import context_of, find_sites
-from esper.kasmina.layer import SeedLayer, observed, restore_class, swap_class
+from esper.kasmina.layer import SeedLayer, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.pricing import Prices
 from esper.kasmina.reasons import why_no_site
@@ -29,7 +30,7 @@ from esper.kasmina.structure import (
     uproot,
 )
 from esper.kasmina.topology import ModelTopology
-from esper.kasmina.trace import preserved, trace
+from esper.kasmina.trace import trace
 from esper.messages import HealthSignal
 
 __all__ = ["Body", "attach", "detach"]
@@ -196,27 +197,16 @@ class Body:
             self._settle(measure_sample_dims(self.model, self.topology, run, batch))
 
     def check_evaluation(self, run: Callable[[], Any]) -> None:
-        """Find layers that an evaluation pass skips, and give up their sites.
+        """Find layers that an evaluation pass skips, and give up sites whose seeds it would not see.
 
         Args:
-            run: Calls the model once; runs in eval mode without gradients.
+            run: Calls the model; runs in eval mode without gradients, a second time where layers were skipped.
         """
-        layers: list[tuple[str, nn.Module]] = list(self.model.named_modules())
-        counted = [(name, module) for name, module in layers if issubclass(type(module), SeedLayer)]
-        counter = _CallCounter()
-        with observed([(module, counter) for _, module in counted]), preserved(self.model), torch.no_grad():
-            self.model.eval()
-            run()
+        skipped = find_skipped(self.model, run)
         functional = {site.target for site in self.sites if site.functional}
-        skipped = set()
-        for name, module in counted:
-            if module not in counter.called and name not in functional:
-                skipped.add(name)
-                self.refused[name] = (
-                    "never called in evaluation: a fused fast path skips it, so validation would not see a seed; "
-                    "seed the block around it instead"
-                )
-        self.sites = [s for s in self.sites if s.target not in skipped and s.source not in skipped]
+        for name in skipped.names - skipped.curable - functional:
+            self.refused[name] = skipped.reason
+        self.sites = [site for site in self.sites if not skipped.hides(self.model, site)]
 
     def manifest(self) -> list[SeedState]:
         """The record of every seed: all of it but the weights."""
@@ -274,16 +264,6 @@ class Body:
             return dict(target.named_parameters())[name]
         weight = target._parameters.get("weight")
         return weight if weight is not None else next(target.parameters())
-
-
-class _CallCounter:
-    """Observer that remembers which layers ran."""
-
-    def __init__(self) -> None:
-        self.called: set[nn.Module] = set()
-
-    def observe(self, layer: nn.Module, x: Any, y: Any, latency_ms: float) -> None:
-        self.called.add(layer)
 
 
 def attach(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from esper.errors import AttachError
+from esper.kasmina.fast_path import without_fast_path
 from esper.kasmina.layer import primary
 from esper.kasmina.topology import LayerInfo, ModelTopology
 from esper.kasmina.trace import preserved
@@ -75,7 +76,7 @@ def measure_sample_dims(model: nn.Module, topology: ModelTopology, run: Run, bat
         they are None throughout and ``layout_problem`` says why.
     """
     names = [layer.name for layer in topology.layers if layer.num_calls == 1]
-    with preserved(model), _without_fast_path(), torch.no_grad():
+    with preserved(model), without_fast_path(), torch.no_grad():
         model.eval()
         found, problem = None, "the batch holds no tensors"
         for wanted in _sizes(batch):
@@ -235,17 +236,6 @@ def _kept(value: Any) -> Tensor | None:
     """A copy, because the host may write in place next."""
     usable = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
     return value.detach().clone() if usable else None
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Let torch's transformer layers call their children in evaluation, too."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 # ---------------------------------------------------------------- batches

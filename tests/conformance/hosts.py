@@ -142,12 +142,13 @@ class HuggingFace(L.LightningModule):
 
 
 def without_dropout(module: nn.Module) -> None:
-    """Set every dropout probability that a module of a known kind holds to zero."""
+    """Set every dropout probability to zero: of dropout layers, and what attention layers keep as a number."""
     for child in module.modules():
         if isinstance(child, nn.modules.dropout._DropoutNd):
             child.p = 0.0
-        elif isinstance(child, nn.MultiheadAttention):
-            child.dropout = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if type(child.__dict__.get(name)) is float:
+                setattr(child, name, 0.0)
 
 
 def _tokens(generator: torch.Generator, *shape: int, high: int = V) -> Tensor:
@@ -245,7 +246,8 @@ class EncoderClassifier(nn.Module):
         self.batch_first = batch_first
         self.embedding = nn.Embedding(V, 16)
         layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=batch_first, norm_first=norm_first)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        fast = batch_first and not norm_first  # torch warns where its fused path cannot be taken
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=fast)
         self.head = nn.Linear(16, K)
 
     def forward(self, tokens: Tensor) -> Tensor:
