@@ -179,6 +179,7 @@ class TamiyoCallback(L.Callback):
         ledger = self._controller.ledger
         return {
             "num_parameters": body.num_parameters,
+            "trainable_parameters": sum(p.numel() for p in body.model.parameters() if p.requires_grad),
             "host_parameters": ledger.host_parameters,
             "training_flops": ledger.training_flops,
             "scoring_flops": ledger.scoring_flops,

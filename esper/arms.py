@@ -133,6 +133,7 @@ def run_arm(
         accuracy=tested["test_acc"],
         loss=tested["test_loss"],
         parameters=int(counts["num_parameters"]),
+        trainable_parameters=int(counts["trainable_parameters"]),
         initial_parameters=initial_parameters,
         training_flops=float(counts["training_flops"]),
         wall_time_s=progress.wall_time_s,

@@ -143,6 +143,7 @@ class Facts:
         alpha: Current weight.
         preserved_error: Largest change of any output caused by germination.
         registered: Each of its parameters is in exactly one optimizer group.
+        num_judged: Seeds whose contribution was measured as one; see ``LifecycleConfig.judged``.
     """
 
     age_steps: int
@@ -156,6 +157,7 @@ class Facts:
     alpha: float = 0.0
     preserved_error: float | None = None
     registered: bool = False
+    num_judged: int = 1
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,11 @@ def _holding(facts: Facts, config: LifecycleConfig) -> Transition | None:
     if facts.stage_age_steps < config.min_holding_steps:
         return None
     recent = list(facts.contributions)[-config.num_measurements :]
-    measured = {**_ages(facts), "num_measurements": float(len(recent))}
+    measured = {
+        **_ages(facts),
+        "num_measurements": float(len(recent)),
+        "num_judged": float(facts.num_judged),
+    }
     if len(recent) < config.num_measurements or facts.held_out_loss is None:
         unmet = [f"only {len(recent)} of {config.num_measurements} held-out measurements were made"]
         return _late("holding", unmet, facts, config.max_holding_steps, measured)
@@ -286,8 +292,9 @@ def _holding(facts: Facts, config: LifecycleConfig) -> Transition | None:
         )
     if unmet:
         return _late("holding", unmet, facts, config.max_holding_steps, measured)
+    off = "it" if facts.num_judged == 1 else f"the {facts.num_judged} seeds of its birth"
     reason = (
-        f"with it off the held-out loss is {mean:.3g} ± {stderr:.2g} higher "
+        f"with {off} off the held-out loss is {mean:.3g} ± {stderr:.2g} higher "
         f"({fraction:.2%}, host as adapted), steady within {spread:.2g}"
     )
     return Transition("holding", "fossilized", reason, measured)

@@ -33,6 +33,7 @@ class ArmSummary(msgspec.Struct, frozen=True, kw_only=True):
         loss: mean loss on the split ``split``; may be non-finite.
         split: the held-out split that accuracy and loss were measured on.
         parameters: at the end.
+        trainable_parameters: those of them that are trained, at the end.
         initial_parameters: before the first step.
         training_flops: all training, scoring and culled seeds charged.
         wall_time_s: of the training loop, in seconds.
@@ -46,6 +47,7 @@ class ArmSummary(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None = None
     split: str = "test"
     parameters: Count
+    trainable_parameters: Count | None = None
     initial_parameters: Count | None = None
     training_flops: float | None = None
     wall_time_s: float | None = None

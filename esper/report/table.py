@@ -21,7 +21,7 @@ _Cell = Callable[[ArmSummary], str]
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("accuracy", lambda arm: units.percent(arm.accuracy)),
     ("loss", lambda arm: units.loss(arm.loss)),
-    ("parameters", lambda arm: units.count(arm.parameters)),
+    ("parameters", lambda arm: _parameters(arm)),
     ("training\nFLOPs", lambda arm: units.scaled(arm.training_flops)),
     ("wall\ntime", lambda arm: units.duration(arm.wall_time_s)),
 )
@@ -66,7 +66,7 @@ def comparison_markdown(arms: Sequence[ArmSummary]) -> str:
     headers = ["arm", *(header.replace("\n", " ") for header, _ in columns)]
     lines = [headers, [":--", *["--:"] * len(columns)]]
     for arm in arms:
-        lines.append([_name(arm).replace("|", "\\|"), *(cell(arm) for _, cell in columns)])
+        lines.append([_name(arm).replace("|", "\\|"), *(cell(arm).replace("\n", " ") for _, cell in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -87,6 +87,16 @@ def _name(arm: ArmSummary, separator: str = " ") -> str:
     return one_line(arm.name) + (f"{separator}({one_line(arm.policy)})" if arm.policy else "")
 
 
+def _partly_frozen(arm: ArmSummary) -> bool:
+    return arm.trainable_parameters is not None and arm.trainable_parameters < arm.parameters
+
+
+def _parameters(arm: ArmSummary) -> str:
+    """All parameters; under those that are trained where some are frozen."""
+    every = units.count(arm.parameters)
+    return f"{units.count(arm.trainable_parameters)}\nof {every}" if _partly_frozen(arm) else every
+
+
 def _seed_cell(arm: ArmSummary) -> str:
     if arm.germinated is None and arm.fossilized is None and arm.culled is None:
         return units.DASH
@@ -96,6 +106,8 @@ def _seed_cell(arm: ArmSummary) -> str:
 def _caption(arms: Sequence[ArmSummary]) -> str | None:
     splits = sorted({arm.split for arm in arms if arm.accuracy is not None or arm.loss is not None})
     parts = [f"accuracy and loss on the split: {', '.join(splits)}"] if splits else []
+    if any(_partly_frozen(arm) for arm in arms):
+        parts.append("parameters: trained, of all")
     if any(_seed_cell(arm) != units.DASH for arm in arms):
         parts.append("seeds: G germinated, F fossilised, C culled")
     return "\n".join(parts) or None

@@ -160,6 +160,7 @@ class Gatekeeper:
             state = seed.state
             state.contributions.append(mean)
             state.facts["held_out_loss"] = loss_on
+            state.facts["num_judged"] = float(len(seeds))
             state.facts["measured_at_age"] = float(state.stage_age_steps)
         samples = sum(batch.num_samples for batch in batches)
         self._ledger.charge_measurement(2.0 * self._body.flops * samples)
@@ -182,6 +183,7 @@ class Gatekeeper:
             alpha=state.alpha,
             preserved_error=known("preserved_error"),
             registered=self._registered(seed),
+            num_judged=int(state.facts.get("num_judged", 1)),
         )
 
     def _registered(self, seed: Seed) -> bool:
