@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from esper.kasmina.export.graph import needs_esper
 from esper.kasmina.export.own_config import UnfitError, changed_fields, fitted_config
 from esper.kasmina.export.verify import check_batches
 from esper.kasmina.structure import all_seeds
+from esper.kasmina.trace import preserved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,8 +125,9 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         written = Path(place) / "model"
         _log.info("writing %s to %s", report.kind, folder)
-        made.save_pretrained(written)
-        loaded: Any = type(made).from_pretrained(written, dtype=made.dtype)
+        with _quietly():
+            made.save_pretrained(written)
+            loaded: Any = type(made).from_pretrained(written, dtype=made.dtype)
         loaded.to(made.device)
         check_batches(expected, loaded, example)
         if folder.exists():
@@ -154,7 +157,7 @@ def _export(
         left_out=tuple(draft.left_out),
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         max_difference=worst,
-        notes=tuple(draft.notes),
+        notes=(*draft.notes, *_generation_trouble(host, made, example)),
     )
     _log.info("%s", report)
     return made, report, expected, example
@@ -209,6 +212,19 @@ def _import_transformers() -> Any:
             "pip install 'esper[finetune]'"
         ) from error
     return transformers
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars, which would write over ours."""
+    bars = _import_transformers().utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _example(host: PreTrainedModel, given: Any) -> Example:
@@ -269,6 +285,29 @@ def _rebuilt(grown: nn.Module, config: Any) -> PreTrainedModel:
         made.generation_config = deepcopy(source.generation_config)
     result: PreTrainedModel = made
     return result
+
+
+def _generation_trouble(host: PreTrainedModel, made: PreTrainedModel, example: Example) -> list[str]:
+    """A note, if the grown model generates and the exported one fails to.
+
+    transformers 5.23 sizes the cache of a T5 by its encoder's blocks, so a deeper decoder finds no place in it.
+    """
+    prompt = example.kwargs.get("input_ids", example.args[0] if example.args else None)
+    if not made.can_generate() or prompt is None:
+        return []
+    for model in (host, made):
+        try:
+            with preserved(model):
+                model.eval()
+                model.generate(prompt, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+        except Exception as error:  # whatever the class raises
+            if model is host:
+                return []
+            return [
+                f"generation with a cache fails in this version of transformers ({type(error).__name__}: {error}); "
+                "call generate(use_cache=False), or grow encoder and decoder alike"
+            ]
+    return []
 
 
 def _in_the_way(host: nn.Module, draft: Draft) -> str:
