@@ -272,7 +272,7 @@ class WithHead(nn.Module):
                 ("parallel:lm_head", "lowrank", "holding", 1.0),
             ],
             r"seed s2 \(bottleneck at parallel:lm_head\): a branch of its own, for which the class has no layer; "
-.*cull these seeds; esper.export",
+            r"seed s3 \(lowrank at parallel:lm_head\): its layer's weight is tied.*cull these seeds; esper.export",
         ),
         (
             "gpt2",
