@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,7 +67,8 @@ def capture_rows(
     captures = {name: _Capture() for site in wanted for name in (site.source, site.target)}
     model = body.model
     watched = [(model.get_submodule(name), capture) for name, capture in captures.items()]
-    with observed(watched), preserved(model), torch.enable_grad():
+    targets = [model.get_submodule(site.target) for site in wanted]
+    with observed(watched), preserved(model), _trained(targets), torch.enable_grad():
         model.eval()
         value = loss()
         reached = {
@@ -140,6 +142,24 @@ def estimate_flops(
             n, p = min(num_samples * site.positions, max_samples), _width(site.source_shape)
             total += scoring_flops(n, p, c, q, num_permutations=num_permutations)
     return total
+
+
+@contextmanager
+def _trained(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Have the outputs of frozen layers carry a gradient while the block runs: a seed there would be trained."""
+    frozen = [
+        p
+        for layer in layers
+        for p in layer.parameters(recurse=False)
+        if p.is_floating_point() and not p.requires_grad
+    ]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _width(shape: tuple[int, ...]) -> int:
