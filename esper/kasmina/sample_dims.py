@@ -48,12 +48,10 @@ class _Seen:
 
 
 class _Dims(NamedTuple):
-    """Sample dimension of input and output, as :func:`_sample_dim` answers, and the shapes in the experiment."""
+    """Sample dimension of input and output, as :func:`_sample_dim` answers."""
 
     x: int | str
     y: int | str
-    x_shape: tuple[int, ...]
-    y_shape: tuple[int, ...]
 
 
 _SAME, _MIXED = "same", "mixed"
@@ -88,7 +86,7 @@ def measure_sample_dims(model: nn.Module, topology: ModelTopology, run: Run, bat
                 problem = f"the host does not run on part of a batch: {type(error).__name__}: {error}"
         if found is None:
             return _unknown(topology, problem)
-        mixing = next((name for name, dims in found.items() if _MIXED in dims[:2]), None)
+        mixing = next((name for name, dims in found.items() if _MIXED in dims), None)
         if mixing is not None:
             problem = f"layer {mixing!r} mixes what stands along the data's first dimension"
             return _unknown(topology, problem)
@@ -114,12 +112,14 @@ def _placed(layer: LayerInfo, dims: _Dims, lengths: tuple[tuple[int, ...], tuple
         return structs.replace(layer, input_samples=None, output_samples=None)
     x_dim = x if isinstance(x, int) else y if isinstance(y, int) else 0
     y_dim = y if isinstance(y, int) else x_dim
+    input_rows, input_shape = _apart(layer.input_rows, layer.input_shape, x_dim)
+    output_rows, output_shape = _apart(layer.output_rows, layer.output_shape, y_dim)
     return structs.replace(
         layer,
-        input_shape=_of_one(dims.x_shape, x_dim, layer.input_shape),
-        output_shape=_of_one(dims.y_shape, y_dim, layer.output_shape),
-        input_rows=dims.x_shape[x_dim] if len(dims.x_shape) > x_dim else 0,
-        output_rows=dims.y_shape[y_dim] if len(dims.y_shape) > y_dim else 0,
+        input_shape=input_shape,
+        output_shape=output_shape,
+        input_rows=input_rows,
+        output_rows=output_rows,
         input_samples=x_dim,
         output_samples=y_dim,
         input_lengths=lengths[0],
@@ -127,9 +127,12 @@ def _placed(layer: LayerInfo, dims: _Dims, lengths: tuple[tuple[int, ...], tuple
     )
 
 
-def _of_one(shape: tuple[int, ...], dim: int, traced: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one sample; the traced one, of the whole batch, is right where the batch comes first."""
-    return traced if dim == 0 or len(shape) <= dim else (*shape[:dim], *shape[dim + 1 :])
+def _apart(rows: int, shape: tuple[int, ...], dim: int) -> tuple[int, tuple[int, ...]]:
+    """Size of the dimension that counts samples, and the shape of one sample."""
+    if dim == 0 or len(shape) < dim:
+        return rows, shape
+    whole = (rows, *shape)
+    return whole[dim], (*whole[:dim], *whole[dim + 1 :])
 
 
 # ---------------------------------------------------------------- the experiment
@@ -145,12 +148,7 @@ def _dims(model: nn.Module, names: Sequence[str], run: Run, few: Any) -> dict[st
     n = _num_samples(few)
     assert n is not None
     return {
-        name: _Dims(
-            _sample_dim(seen.x, other[name].x, n),
-            _sample_dim(seen.y, other[name].y, n),
-            () if seen.x is None else tuple(seen.x.shape),
-            () if seen.y is None else tuple(seen.y.shape),
-        )
+        name: _Dims(_sample_dim(seen.x, other[name].x, n), _sample_dim(seen.y, other[name].y, n))
         for name, seen in base.items()
         if name in other
     }

@@ -19,9 +19,8 @@ class LayerInfo(msgspec.Struct, frozen=True):
     ``reads_input``: fed by the host's float input without passing another layer.
     ``output_projections``: for a residual block, the layers that write to its residual stream.
     ``region``: which region of gradient checkpointing it is in; 0 outside of all.
-    ``region``: which region of gradient checkpointing it is in; 0 outside of all.
     ``input_samples``, ``output_samples``: the dimension that counts samples, None where it is not known,
-    and ``input_rows``, ``output_rows`` its size in one experiment (0: not measured). ``input_lengths``,
+    and ``input_rows``, ``output_rows`` its size in the traced batch (0: not seen). ``input_lengths``,
     ``output_lengths``: vectors a batch each time one of the data's sequences was shorter than the others
     (:mod:`esper.kasmina.sample_dims`).
     """
@@ -38,7 +37,6 @@ class LayerInfo(msgspec.Struct, frozen=True):
     is_output: bool = False
     reads_input: bool = False
     output_projections: tuple[str, ...] = ()
-    region: int = 0
     region: int = 0
     input_samples: int | None = 0
     output_samples: int | None = 0

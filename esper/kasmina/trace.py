@@ -66,6 +66,7 @@ class _Call:
     def __init__(self, module: nn.Module, leaf: bool) -> None:
         self.module, self.leaf = module, leaf
         self.count = 0
+        self.input_rows = self.output_rows = 0
         self.input_shape: tuple[int, ...] | None = None
         self.output_shape: tuple[int, ...] | None = None
         self.entry: Any = None  # autograd node of the marked input
@@ -225,7 +226,7 @@ class Tracer:
             if not _markable(value):
                 return None
             if call.count == 1:
-                call.input_shape = tuple(value.shape[1:])
+                call.input_rows, call.input_shape = value.shape[0], tuple(value.shape[1:])
             marked = self._mark(value, Label(name, "in", leaf))
             if call.count == 1:
                 call.entry = marked.grad_fn
@@ -239,7 +240,7 @@ class Tracer:
                 return None
             marked = self._mark(value, Label(name, "out", leaf))
             if call.count == 1:
-                call.output_shape = tuple(value.shape[1:])
+                call.output_rows, call.output_shape = value.shape[0], tuple(value.shape[1:])
                 call.exit = marked.grad_fn
             return replace_primary(output, marked)
 
@@ -310,6 +311,8 @@ class Tracer:
             type=base_class(module).__name__,
             input_shape=call.input_shape or (),
             output_shape=shape,
+            input_rows=call.input_rows,
+            output_rows=call.output_rows,
             num_parameters=_host_parameters(module),
             flops=0,
             num_calls=call.count,
