@@ -72,10 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="print one complete picture and exit")
     export = commands.add_parser("export", help="turn a checkpoint's grown network into plain PyTorch")
     export.add_argument("checkpoint", type=Path, metavar="CKPT", help="a Lightning checkpoint")
-    export.add_argument("out", type=Path, metavar="OUT", help="file to write: .pt, .onnx or .safetensors")
+    export.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="file to write: .pt, .onnx or .safetensors; a folder with --pretrained",
+    )
     export.add_argument("--model", metavar="MODULE:CLASS", help="class of your own LightningModule")
     export.add_argument(
         "--input-shape", type=_shape, metavar="N,N,...", help="shape of one float sample, without the batch"
+    )
+    export.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="write a model of transformers as a larger one of its own class, for from_pretrained",
     )
     doctor = commands.add_parser(
         "doctor",
@@ -148,7 +158,11 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print(
             export_checkpoint(
-                options.checkpoint, options.out, model=options.model, input_shape=options.input_shape
+                options.checkpoint,
+                options.out,
+                model=options.model,
+                input_shape=options.input_shape,
+                pretrained=options.pretrained,
             )
         )
     elif options.command == "doctor":

@@ -1,4 +1,4 @@
-"""``esper export``: from a Lightning checkpoint to a file that runs without esper."""
+"""``esper export``: from a Lightning checkpoint to a file, or a folder, that runs without esper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ __all__ = ["example_input", "export_checkpoint", "import_class", "import_named"]
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, *, model: str | None = None, input_shape: Sequence[int] | None = None
+    checkpoint: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    pretrained: bool = False,
 ) -> str:
     """Write the grown network of ``checkpoint`` to ``out`` as plain PyTorch; the suffix chooses the format.
 
@@ -31,10 +36,12 @@ def export_checkpoint(
 
     Args:
         checkpoint: A Lightning checkpoint; read with ``weights_only=True``.
-        out: ``.pt``, ``.onnx`` or ``.safetensors``; its folder is made.
+        out: ``.pt``, ``.onnx`` or ``.safetensors``; its folder is made. With ``pretrained`` a new folder.
         model: ``package.module:Class``; None for checkpoints of ``esper train``.
         input_shape: Of one float sample; by default what the checkpoint says, or the module's
             ``example_input_array``.
+        pretrained: Write the model of transformers that the network is or holds as a larger one of its own
+            class, for ``from_pretrained``.
 
     Returns:
         What was written, and what became of each seed.
@@ -43,6 +50,7 @@ def export_checkpoint(
         CheckpointError: The file is damaged, or does not fit the model.
         ConfigError: The class cannot be imported or built.
         ExportError: The network cannot be written in this format.
+        MissingExtraError: The format needs a package that is not installed.
     """
     content = read_checkpoint(checkpoint)
     if "state_dict" not in content:
@@ -55,14 +63,19 @@ def export_checkpoint(
         module, config, shape = _own_module(checkpoint, content, parameters)
         load(module, checkpoint)
         network: nn.Module = module.host  # without the loss and the metrics around it
-        example = example_input(config, shape)
+        example = None if pretrained else example_input(config, shape)
     else:
         network = _build(import_class(model), parameters)
         load(network, checkpoint)
-        example = getattr(network, "example_input_array", None)
+        # That of a module is none of the model inside it.
+        example = None if pretrained else getattr(network, "example_input_array", None)
     if input_shape is not None:
         example = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     out.parent.mkdir(parents=True, exist_ok=True)
+    if pretrained:
+        from esper.pretrained import save_pretrained  # transformers takes seconds to import
+
+        return f"{out}: {save_pretrained(network, out, example)}"
     with quiet():
         made = save(network, out, example)
     return f"{out}: {made}"

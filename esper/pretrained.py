@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from esper.kasmina.example import Example, kept_example
 from esper.kasmina.export.draft import Draft
 from esper.kasmina.export.folding import Expected, folded_draft
 from esper.kasmina.export.graph import needs_esper
-from esper.kasmina.export.own_config import UnfitError, changed_fields, fitted_config
+from esper.kasmina.export.own_config import Recipe, UnfitError, changed_fields, fitted_config
 from esper.kasmina.export.verify import check_batches
 from esper.kasmina.structure import all_seeds
 from esper.kasmina.trace import preserved
@@ -51,6 +51,7 @@ class PretrainedReport:
         num_parameters: Of the exported model, tied ones counted once.
         max_difference: Largest absolute difference of any output on the example.
         notes: What else is worth knowing.
+        options: What ``from_pretrained`` has to be given beside the folder, as the grown model's constructor was.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class PretrainedReport:
     num_parameters: int
     max_difference: float
     notes: tuple[str, ...] = ()
+    options: dict[str, bool] = field(default_factory=dict)
 
     def __str__(self) -> str:
         grown = ", ".join(f"{name} {_shown(a)} -> {_shown(b)}" for name, (a, b) in self.changed.items())
@@ -68,6 +70,9 @@ class PretrainedReport:
             f"{self.max_difference:.2g}; folded: {', '.join(self.folded) or 'none'}; left out: "
             f"{', '.join(self.left_out) or 'none'}"
         ]
+        if self.options:
+            given = ", ".join(f"{name}={value}" for name, value in self.options.items())
+            lines.append(f"  load it by {self.kind}.from_pretrained(folder, {given})")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -125,9 +130,10 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         written = Path(place) / "model"
         _log.info("writing %s to %s", report.kind, folder)
+        kind: Any = type(made)
         with _quietly():
             made.save_pretrained(written)
-            loaded: Any = type(made).from_pretrained(written, dtype=made.dtype)
+            loaded = kind.from_pretrained(written, dtype=made.dtype, **report.options)
         loaded.to(made.device)
         check_batches(expected, loaded, example)
         if folder.exists():
@@ -145,19 +151,20 @@ def _export(
     if draft.branches:
         raise ExportError(_in_the_way(host, draft))
     try:
-        config = fitted_config(draft.model)
+        recipe = fitted_config(draft.model)
     except UnfitError as error:
         raise ExportError(_unequal(host, draft, error)) from error
-    made = _rebuilt(draft.model, config)
+    made = _rebuilt(draft.model, recipe)
     worst = check_batches(expected, made, example)
     report = PretrainedReport(
         kind=type(made).__name__,
-        changed=changed_fields(host.config, config),
+        changed=changed_fields(host.config, recipe.config),
         folded=tuple(draft.folded),
         left_out=tuple(draft.left_out),
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         max_difference=worst,
-        notes=(*draft.notes, *_generation_trouble(host, made, example)),
+        notes=(*draft.notes, *_left_behind(model, host), *_generation_trouble(host, made, example)),
+        options=recipe.options,
     )
     _log.info("%s", report)
     return made, report, expected, example
@@ -260,13 +267,16 @@ def _made_up(host: PreTrainedModel) -> Example:
 
 
 @torch.no_grad()
-def _rebuilt(grown: nn.Module, config: Any) -> PreTrainedModel:
-    """A model that ``grown``'s class made from ``config``, with the weights of ``grown``."""
+def _rebuilt(grown: nn.Module, recipe: Recipe) -> PreTrainedModel:
+    """A model that ``grown``'s class made by ``recipe``, with the weights of ``grown``."""
     kind: Any = type(grown)
     source: Any = grown
     with torch.random.fork_rng(devices=[]):
         made = kind._from_config(
-            config, dtype=source.dtype, attn_implementation=source.config._attn_implementation
+            recipe.config,
+            dtype=source.dtype,
+            attn_implementation=source.config._attn_implementation,
+            **recipe.options,
         )
     made = made.to(source.device).eval()
     weights = dict(source.named_parameters())
@@ -285,6 +295,19 @@ def _rebuilt(grown: nn.Module, config: Any) -> PreTrainedModel:
         made.generation_config = deepcopy(source.generation_config)
     result: PreTrainedModel = made
     return result
+
+
+def _left_behind(model: nn.Module, host: nn.Module) -> list[str]:
+    """A note, if ``model`` has parameters outside the ``host`` that is exported."""
+    inside = {id(parameter) for parameter in host.parameters()}
+    rest = {n: p.numel() for n, p in model.named_parameters() if id(p) not in inside}
+    if not rest:
+        return []
+    first = next(iter(rest))
+    return [
+        f"{sum(rest.values()):,} parameters of {type(model).__name__} outside its {type(host).__name__} are not in the "
+        f"export ({first}{' and others' if len(rest) > 1 else ''})"
+    ]
 
 
 def _generation_trouble(host: PreTrainedModel, made: PreTrainedModel, example: Example) -> list[str]:

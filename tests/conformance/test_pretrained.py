@@ -382,3 +382,27 @@ def test_a_model_with_a_shortcut_becomes_a_program_without_its_cache() -> None:
     assert net.config.use_cache
     example = host("llama").example()
     torch.testing.assert_close(plain(**example)["logits"], logits(net, example), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_built_without_its_pooler_says_how_to_load_it(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    module = nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False), "head": nn.Linear(16, 3)})
+    net = module["bert"]
+    body = esper.attach(net, {"input_ids": torch.randint(V, (2, 6))})
+    perturb(body.germinate("parallel:encoder.layer.0.attention.self.query", "lowrank"))
+    report = save_pretrained(module, tmp_path / "model")
+    assert report.options == {"add_pooling_layer": False}
+    assert "load it by BertModel.from_pretrained(folder, add_pooling_layer=False)" in str(report)
+    assert "51 parameters of ModuleDict outside its BertModel are not in the export (head.weight" in str(
+        report
+    )
+    loaded = BertModel.from_pretrained(tmp_path / "model", **report.options).eval()
+    tokens = torch.randint(V, (3, 7))
+    with torch.no_grad():
+        expected = net.eval()(tokens).last_hidden_state
+        torch.testing.assert_close(loaded(tokens).last_hidden_state, expected, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from esper.kasmina.blueprints.dense import LowRank
 from esper.kasmina.blueprints.units import HiddenUnits
 from esper.kasmina.export.draft import Branch, Draft
 from esper.kasmina.export.numbering import adopt_configs, deepen_configs, numbering, renumber
+from esper.kasmina.linear_like import as_weight_of
 
 __all__ = ["containers_of", "is_widening", "merge_low_rank", "stack_block", "widen_layers", "widening_groups"]
 
@@ -51,7 +52,7 @@ def merge_low_rank(draft: Draft, branch: Branch) -> str | None:
         return "its layer's weight is tied to another layer's, which the seed does not act on"
     if any(other.reads != "source" for other in _before(draft, branch)):
         return "a branch that runs before it reads the layer's output"
-    merged = weight + branch.alpha * low_rank.delta_weight().to(weight)
+    merged = weight + branch.alpha * as_weight_of(layer, low_rank.delta_weight()).to(weight)
     if tied:
         layer._parameters["weight"] = nn.Parameter(merged, requires_grad=weight.requires_grad)
         draft.notes.append(

@@ -1,4 +1,4 @@
-"""Find the config from which a model's own class builds the shapes that the grown model has.
+"""Find the config by which a model's own class builds the shapes that the grown model has.
 
 The class itself is asked: it is built on the meta device, where nothing is allocated, from the config
 changed in one field at a time, until all names and shapes agree. So no list of architectures is kept here,
@@ -7,6 +7,7 @@ and nothing is imported from the library that the class comes from.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,7 +19,7 @@ from torch import nn
 from esper.errors import ExportError
 from esper.kasmina.export.numbering import is_config
 
-__all__ = ["Mismatch", "changed_fields", "fitted_config", "read_back"]
+__all__ = ["Mismatch", "Recipe", "UnfitError", "changed_fields", "fitted_config", "read_back"]
 
 _WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 """Fields to try first for a width, as several may happen to have its value."""
@@ -45,8 +46,19 @@ class UnfitError(ExportError):
         self.names = names
 
 
-def fitted_config(model: nn.Module) -> Any:
-    """Return the config from which ``type(model)`` builds a model of ``model``'s names and shapes.
+class Recipe(NamedTuple):
+    """From what a class builds the grown model: its ``config``, and ``options`` of the constructor beside it."""
+
+    config: Any
+    options: dict[str, bool]
+
+    def build(self, kind: type[nn.Module]) -> nn.Module:
+        """Build a model of class ``kind`` on the default device."""
+        return kind(deepcopy(self.config), **self.options)
+
+
+def fitted_config(model: nn.Module) -> Recipe:
+    """Return the recipe by which ``type(model)`` builds a model of ``model``'s names and shapes.
 
     Args:
         model: A plain model that holds its config as ``config``; only its widths and depths may be others
@@ -57,15 +69,15 @@ def fitted_config(model: nn.Module) -> Any:
             such layers.
         ExportError: The class cannot be built from its own config.
     """
-    config = read_back(model.config)
-    wrong = _mismatches(model, config)
+    recipe = Recipe(read_back(model.config), {})
+    wrong = _mismatches(model, recipe)
     while wrong:
-        trials = [(field, trial, _try(model, trial)) for field, trial in _trials(config, wrong)]
+        trials = [(field, trial, _try(model, trial)) for field, trial in _trials(type(model), recipe, wrong)]
         fitting = [(trial, left) for _, trial, left in trials if left is not None and set(left) < set(wrong)]
         if not fitting:
             raise _unfit(wrong, [(field, left) for field, _, left in trials if left is not None])
-        config, wrong = fitting[0]
-    return config
+        recipe, wrong = fitting[0]
+    return recipe
 
 
 def read_back(config: Any) -> Any:
@@ -104,11 +116,11 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | int]:
     return shapes | lists
 
 
-def _mismatches(model: nn.Module, config: Any) -> dict[str, Mismatch]:
-    """What is not as ``model`` has it when its class is built from ``config``; lists of blocks first."""
+def _mismatches(model: nn.Module, recipe: Recipe) -> dict[str, Mismatch]:
+    """What is not as ``model`` has it when its class is built by ``recipe``; lists of blocks first."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            built = _shapes(type(model)(deepcopy(config)))
+            built = _shapes(recipe.build(type(model)))
     except Exception as error:  # whatever the class raises
         raise ExportError(
             f"{type(model).__name__} cannot be built from its config: {type(error).__name__}: {error}"
@@ -122,15 +134,21 @@ def _mismatches(model: nn.Module, config: Any) -> dict[str, Mismatch]:
     return dict(sorted(found.items(), key=lambda item: not isinstance(item[1].grown, int)))
 
 
-def _try(model: nn.Module, config: Any) -> dict[str, Mismatch] | None:
+def _try(model: nn.Module, recipe: Recipe) -> dict[str, Mismatch] | None:
     try:
-        return _mismatches(model, config)
+        return _mismatches(model, recipe)
     except ExportError:
         return None  # a value that this class does not take
 
 
-def _trials(config: Any, wrong: dict[str, Mismatch]) -> Iterator[tuple[str, Any]]:
-    """Configs with one field changed so that it may set the first mismatch right, and the field's name."""
+def _trials(
+    kind: type[nn.Module], recipe: Recipe, wrong: dict[str, Mismatch]
+) -> Iterator[tuple[str, Recipe]]:
+    """Recipes with one field changed so that it may set the first mismatch right, and the field's name."""
+    config = recipe.config
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        if type(parameter.default) is bool and name not in recipe.options:  # such as add_pooling_layer
+            yield name, Recipe(config, {**recipe.options, name: not parameter.default})
     first = next((m for m in wrong.values() if m.built is not None and m.grown is not None), None)
     if first is None:
         return
@@ -153,7 +171,7 @@ def _trials(config: Any, wrong: dict[str, Mismatch]) -> Iterator[tuple[str, Any]
             for name in path[:-1]:
                 owner = getattr(owner, name)
             setattr(owner, path[-1], changed)
-            yield ".".join(path), trial
+            yield ".".join(path), recipe._replace(config=trial)
 
 
 def _fields(config: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -171,6 +189,8 @@ def _unfit(wrong: dict[str, Mismatch], trials: list[tuple[str, dict[str, Mismatc
         shown = ", ".join(strange[:4]) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
         return UnfitError(f"its class never builds {shown}", strange)
     name, mismatch = next(iter(wrong.items()))
+    if mismatch.grown is None:
+        return UnfitError(f"its class builds {name}, which the grown model does not have", tuple(wrong))
     for field, left in trials:
         broken = [other for other in left if other not in wrong]
         if name not in left and broken:
