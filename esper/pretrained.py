@@ -133,7 +133,11 @@ def save_pretrained(
         kind: Any = type(made)
         with _quietly():
             made.save_pretrained(written)
-            loaded = kind.from_pretrained(written, dtype=made.dtype, **report.options)
+            loaded, trouble = kind.from_pretrained(
+                written, dtype=made.dtype, output_loading_info=True, **report.options
+            )
+        if any(trouble.values()):
+            raise ExportError(f"{report.kind} does not read back what it wrote: {trouble}; nothing was kept")
         loaded.to(made.device)
         check_batches(expected, loaded, example)
         if folder.exists():
@@ -223,15 +227,17 @@ def _import_transformers() -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars, which would write over ours."""
-    bars = _import_transformers().utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """Without transformers' progress bars and advice, which would stand between our messages."""
+    logging_ = _import_transformers().utils.logging
+    level, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
+    logging_.set_verbosity_error()
+    logging_.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            bars.enable_progress_bar()
+        logging_.set_verbosity(level)
+        if bars:
+            logging_.enable_progress_bar()
 
 
 def _example(host: PreTrainedModel, given: Any) -> Example:
@@ -320,7 +326,7 @@ def _generation_trouble(host: PreTrainedModel, made: PreTrainedModel, example: E
         return []
     for model in (host, made):
         try:
-            with preserved(model):
+            with preserved(model), _quietly():
                 model.eval()
                 model.generate(prompt, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
         except Exception as error:  # whatever the class raises

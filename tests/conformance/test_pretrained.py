@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from hosts import V, host
 from torch import Tensor, nn
 
 import esper
+from esper.cli import main
 from esper.errors import ExportError, MissingExtraError
 from esper.kasmina.body import Body
 from esper.kasmina.export import export_with_report
@@ -382,6 +385,46 @@ def test_a_model_with_a_shortcut_becomes_a_program_without_its_cache() -> None:
     assert net.config.use_cache
     example = host("llama").example()
     torch.testing.assert_close(plain(**example)["logits"], logits(net, example), rtol=1e-5, atol=1e-5)
+
+
+OWN_MODULE = """
+import lightning as L
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+class Writer(L.LightningModule):
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=num_layers, n_head=2))
+
+    def forward(self, tokens):
+        return self.net(tokens).logits
+"""
+
+
+def test_the_command_line_exports_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    monkeypatch.chdir(tmp_path)
+    Path("own_writer.py").write_text(OWN_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("own_writer").Writer(2)
+    tokens = torch.randint(V, (2, 6))
+    perturb(esper.attach(module, tokens).germinate("stack:net.transformer.h.0", "stack"))
+    trainer = L.Trainer(logger=False, barebones=False, accelerator="cpu", enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint("grown.ckpt")
+    command = ["export", "grown.ckpt", "out/larger", "--pretrained", "--model", "own_writer:Writer"]
+    assert main(command) == 0
+    assert "out/larger: GPT2LMHeadModel with n_layer 2 -> 3" in capsys.readouterr().out
+    loaded = GPT2LMHeadModel.from_pretrained("out/larger").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, module.eval()(tokens), rtol=1e-5, atol=1e-5)
+    assert main(command) == 2
+    assert "to be a new or an empty folder" in capsys.readouterr().err
 
 
 def test_a_model_built_without_its_pooler_says_how_to_load_it(tmp_path: Path) -> None:
