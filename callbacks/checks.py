@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelPruning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -21,7 +21,15 @@ from esper.callbacks.strategies import strategy_conflicts
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import refusal, unwrap
 
-__all__ = ["Conflict", "Setup", "check_optimizers", "check_trainer", "conflicts", "optimizer_conflicts"]
+__all__ = [
+    "Conflict",
+    "Setup",
+    "check_optimizers",
+    "check_resume",
+    "check_trainer",
+    "conflicts",
+    "optimizer_conflicts",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,29 @@ def check_optimizers(trainer: L.Trainer) -> None:
     _refuse(optimizer_conflicts(trainer.optimizers))
 
 
+def check_resume(trainer: L.Trainer) -> None:
+    """Refuse callbacks that would lose the state of a run that is being resumed; call it while that is loaded.
+
+    Raises:
+        UnsupportedError: A finder of batch size or learning rate would try before everything is restored. One
+            that begins later, in a subclass, may stay.
+    """
+    at_once = (BatchSizeFinder.on_fit_start, LearningRateFinder.on_fit_start)
+    _refuse(
+        [
+            Conflict(
+                f"resuming with {type(callback).__name__}",
+                "Lightning restores neither the optimizers nor the progress of the run then, so that grown layers "
+                "would stand in a run at its first step",
+                "remove the finder to continue where the checkpoint ends, or begin a new run from its weights by "
+                "esper.load",
+            )
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback).on_fit_start in at_once
+        ]
+    )
+
+
 def _refuse(refused: list[Conflict]) -> None:
     if refused:
         raise UnsupportedError("growth cannot work with " + "; and with ".join(map(str, refused)))
@@ -147,15 +178,15 @@ def _manual_optimization(setup: Setup) -> Iterator[Conflict]:
         )
 
 
-def _finders(setup: Setup) -> Iterator[Conflict]:
-    finders = [c for c in setup.callbacks if isinstance(c, (BatchSizeFinder, LearningRateFinder))]
-    if setup.trainer.ckpt_path and finders:
-        yield Conflict(
-            "resuming with BatchSizeFinder or LearningRateFinder",
-            "Lightning restores neither the optimizers nor the progress of the run then",
-            "remove the finder to continue where the checkpoint ends",
-            kind="warning",
-        )
+def _pruning(setup: Setup) -> Iterator[Conflict]:
+    for callback in setup.callbacks:
+        if isinstance(callback, ModelPruning):
+            yield Conflict(
+                f"the callback {type(callback).__name__}",
+                "it replaces weights by products with masks that neither a rollback, a copy of a block nor its own "
+                "checkpoints know",
+                "grow first, then prune the exported network (esper.export) in a fit without growth",
+            )
 
 
 SUBJECTS: tuple[Callable[[Setup], Iterable[Conflict]], ...] = (
@@ -163,6 +194,6 @@ SUBJECTS: tuple[Callable[[Setup], Iterable[Conflict]], ...] = (
     _averaging,
     _one_grower,
     _manual_optimization,
-    _finders,
+    _pruning,
 )
 """Every subject that is looked at, in the order in which conflicts are told."""

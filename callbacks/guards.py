@@ -32,11 +32,17 @@ class Guards:
         """Whether the optimizers' steps are hooked."""
         return bool(self._guards)
 
-    def follow(self, optimizers: Sequence[Optimizer], seeds: Sequence[Seed]) -> None:
-        """Hook the optimizers when the first seed is there, and scale the steps of newborn parameters."""
+    def follow(self, optimizers: Sequence[Optimizer], seeds: Sequence[Seed], *, scaled: bool = False) -> None:
+        """Hook the optimizers when the first seed is there, and scale the steps of newborn parameters.
+
+        Args:
+            optimizers: All of the run, unwrapped.
+            seeds: All of the model.
+            scaled: Whether a gradient scaler judges the gradients before we see them.
+        """
         if not self._guards and seeds:
             self._guards = {id(optimizer): StepGuard(optimizer) for optimizer in optimizers}
-        if self._multiplier == 1.0:
+        if self._multiplier == 1.0 and not scaled:
             return
         young = {seed.seed_id: list(seed.parameters()) for seed in seeds if seed.stage != "fossilized"}
         for guard in self._guards.values():
@@ -45,6 +51,10 @@ class Guards:
                     guard.forget(parameters)
             for parameters in young.values():
                 guard.scale_updates(parameters, self._multiplier)
+        if scaled and self._guards:
+            one = next(iter(self._guards.values()))  # whose optimizer it is does not matter to a gradient
+            for parameters in young.values():
+                one.keep_finite(parameters)
         self._newborn = young
 
     def protect(self, trainer: L.Trainer, optimizer: Optimizer, seeds: Sequence[Seed]) -> None:

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from esper.callbacks.distributed import ProcessRanks, wrap_again
 from esper.callbacks.held_out import first_batches
+from esper.callbacks.run_length import estimated_steps
 from esper.errors import GrowthError, UnsupportedError
 from esper.kasmina.optimizer import unwrap
 from esper.kasmina.trace import preserved
@@ -93,7 +94,7 @@ class LightningRun:
         Raises:
             UnsupportedError: The trainer has no end and no horizon was given.
         """
-        steps = self.trainer.estimated_stepping_batches
+        steps = estimated_steps(self.trainer)
         if steps != float("inf") and steps > 0:
             return int(steps)
         if self._horizon_steps is None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.callbacks.averaging import Averages
-from esper.callbacks.checks import check_optimizers, check_trainer
+from esper.callbacks.checks import check_optimizers, check_resume, check_trainer
 from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.distributed import ranks_of
 from esper.callbacks.doctor import Checkup, check_up
+from esper.callbacks.finetuning import restore_groups
+from esper.callbacks.growth_table import GrowthTable
 from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size
@@ -86,6 +88,8 @@ class TamiyoCallback(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._stage = "fit"
         self._averages: Averages | None = None
+        self._table: GrowthTable | None = None
+        self._fit_id = ""
         self._reset()
 
     def _reset(self) -> None:
@@ -206,6 +210,8 @@ class TamiyoCallback(L.Callback):
                 self._reset()
                 self.run_id = uuid.uuid4().hex[:12]  # the journal may hold both runs
             self._averages = Averages(pl_module, trainer.callbacks)  # type: ignore[attr-defined]
+            self._table = GrowthTable(trainer, pl_module)
+            self._fit_id = uuid.uuid4().hex
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the optimizers, and put their groups in the order of the checkpoint."""
@@ -224,6 +230,7 @@ class TamiyoCallback(L.Callback):
         )
         if has_seeds(pl_module):
             self._run.structure_changed()
+        restore_groups(trainer, pl_module)
         if self._restored is not None and self._restored["groups"] is not None:
             reorder_groups(self._run.optimizers, self._restored["groups"], pl_module.named_parameters())
 
@@ -368,6 +375,7 @@ class TamiyoCallback(L.Callback):
         common = {
             "version": _STATE_VERSION,
             "run_id": self.run_id,
+            "fit": self._fit_id,
             "requests": [msgspec.to_builtins(decision) for decision in self._requests],
             "steps_a_batch": self._steps_a_batch,
             "random": None if self.config.policy == "off" else random_state(),
@@ -382,6 +390,14 @@ class TamiyoCallback(L.Callback):
             "controller": self._controller.state_dict(),
         }
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume with what would lose the run's state; ``setup`` knows of no checkpoint yet."""
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if self._stage == "fit" and self.config.policy != "off" and state.get("fit", "") != self._fit_id:
+            check_resume(trainer)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until the run starts.
 
@@ -395,8 +411,10 @@ class TamiyoCallback(L.Callback):
             )
         if self._stage != "fit":
             return  # Lightning restores callbacks to test a checkpoint too; a later fit must not take it up
-        self._restored = state_dict
-        self.run_id = state_dict["run_id"]
+        if state_dict.get("fit") != self._fit_id:
+            self._restored = state_dict
+            self.run_id = state_dict["run_id"]
+        # Else a finder of batch size or learning rate takes its trial back: our hooks were not called in it.
         if state_dict["random"] is not None and self.config.policy != "off":
             # Here, because the first iteration over a loader, which draws from it, may come with the optimizers.
             set_random_state(state_dict["random"])
@@ -431,6 +449,8 @@ class TamiyoCallback(L.Callback):
         self._evaluated = False
         self._quiet_until = 0
         self._hooks.all_on()
+        assert self._table is not None
+        self._table.begin(self._body.seeds)
         recorder.num_parameters = self._body.num_parameters
 
     def _safe_point(self, trainer: L.Trainer, step: int) -> None:
@@ -447,6 +467,8 @@ class TamiyoCallback(L.Callback):
         controller.safe_point(step, trainer.current_epoch)
         if self._averages is not None:
             self._averages.follow()
+        if self._table is not None:
+            self._table.show(body.seeds, step)
         self._follow_seeds()
         self._tell_compilations(trainer)
         sampled, gradients, seeds = self._sampled(step), self._wants_gradients(step), bool(body.seeds)
@@ -524,7 +546,8 @@ class TamiyoCallback(L.Callback):
         assert self._body is not None
         assert self._run is not None
         if self._body.seeds or self._guards.mounted:  # else every step would ask for the optimizers
-            self._guards.follow(self._run.optimizers, self._body.seeds)
+            scaled = getattr(self._run.trainer.precision_plugin, "scaler", None) is not None
+            self._guards.follow(self._run.optimizers, self._body.seeds, scaled=scaled)
 
     def _finish_probe(self, trainer: L.Trainer) -> None:
         probes, controller = self._probes, self._controller

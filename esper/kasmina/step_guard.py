@@ -5,7 +5,9 @@ forward, backward, ``on_before_optimizer_step``, clipping. Clipping by total nor
 isolated seed's gradient, so the host's update would no longer be what it is without the seed.
 The guard takes such gradients away before the clipping and puts them back after the closure,
 immediately before the update. Under a gradient scaler the closure runs before ``step()``; the
-gradients are then put back as ``step()`` begins.
+gradients are then put back as ``step()`` begins. The scaler has looked at every gradient by then, and skips
+the step of the whole optimizer for one that is not finite; those of young seeds are therefore made finite
+as they are accumulated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from esper.errors import ConfigError
 from esper.kasmina.optimizer import unwrap
@@ -44,6 +47,7 @@ class StepGuard:
         self._held: list[tuple[list[nn.Parameter], list[Tensor], float | None, ClipAlgorithm]] = []
         self._multipliers: dict[nn.Parameter, float] = {}
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
+        self._finite: dict[nn.Parameter, RemovableHandle] = {}
         self._handles = [
             inner.register_step_pre_hook(self._before_step),
             inner.register_step_post_hook(self._after_step),
@@ -56,8 +60,9 @@ class StepGuard:
 
     def remove(self) -> None:
         """Take the hooks off the optimizer and forget everything."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._finite.values()):
             handle.remove()
+        self._finite.clear()
         self._held.clear()
         self._multipliers.clear()
         self._before.clear()
@@ -99,12 +104,21 @@ class StepGuard:
             parameters: Of seeds that are not yet part of the host.
         """
         for p in parameters:
-            if p.grad is None:
-                continue
-            finite = torch.isfinite(p.grad).all()
-            p.grad.copy_(torch.where(finite, p.grad, torch.zeros_like(p.grad)))
-            count = self._zeroed.setdefault(p.device, torch.zeros((), dtype=torch.int64, device=p.device))
-            count += ~finite
+            self._make_finite(p)
+
+    def keep_finite(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Zero every gradient that holds a NaN or an inf as soon as a backward pass has accumulated it.
+
+        For young seeds under a gradient scaler, which would skip the host's step for their sake, and halve its
+        scale each time. A seed whose scaled gradient overflows where the host's does not misses its own step.
+        :meth:`forget` ends it.
+
+        Args:
+            parameters: Of seeds that are not yet part of the host; those known already are passed over.
+        """
+        for p in parameters:
+            if p not in self._finite:
+                self._finite[p] = p.register_post_accumulate_grad_hook(self._make_finite)
 
     def scale_updates(self, parameters: Iterable[nn.Parameter], multiplier: float) -> None:
         """Apply ``multiplier`` times the optimizer's update: p ← p_old + m·(p_new − p_old).
@@ -129,6 +143,17 @@ class StepGuard:
         """Drop what is noted about parameters that leave the optimizer or became part of the host."""
         for p in parameters:
             self._multipliers.pop(p, None)
+            if p in self._finite:
+                self._finite.pop(p).remove()
+
+    @torch.no_grad()
+    def _make_finite(self, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        finite = torch.isfinite(p.grad).all()
+        p.grad.copy_(torch.where(finite, p.grad, torch.zeros_like(p.grad)))
+        count = self._zeroed.setdefault(p.device, torch.zeros((), dtype=torch.int64, device=p.device))
+        count += ~finite
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
