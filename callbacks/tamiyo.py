@@ -41,6 +41,7 @@ from esper.messages import Decision, Event, HealthSignal
 from esper.tamiyo.config import TamiyoConfig, build_config
 from esper.tamiyo.controller import Controller
 from esper.tamiyo.policies import make_policy
+from esper.tamiyo.recorder import Recorder
 
 __all__ = ["TamiyoCallback"]
 
@@ -206,6 +207,7 @@ class TamiyoCallback(L.Callback):
         follow_state_dict(pl_module)
         self._stage = stage
         if stage == "fit":
+            self._restored = None  # of a fit that failed before it trained
             if self._body is not None and self._body.model is not pl_module:
                 self._reset()
                 self.run_id = uuid.uuid4().hex[:12]  # the journal may hold both runs
@@ -251,12 +253,8 @@ class TamiyoCallback(L.Callback):
             resumed_at=None if restored is None else trainer.global_step,
         )
         if restored is not None:
-            topology = msgspec.convert(restored["topology"], ModelTopology) if restored["topology"] else None
-            if topology is not None:
-                self._begin(pl_module, topology)
-                assert self._controller is not None
-                self._controller.load_state_dict(restored["controller"])
-                self._steps_a_batch = restored["steps_a_batch"]
+            if restored["topology"]:
+                self._take_up(pl_module, restored)
                 self._follow_seeds()
             self._requests = [
                 msgspec.convert(item, Decision) for item in restored["requests"]
@@ -354,6 +352,12 @@ class TamiyoCallback(L.Callback):
             self._records.mark("end", trainer, **finite)
         self._close()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up a checkpoint that left nothing to train, so that what it holds can be summed up."""
+        restored, self._restored = self._restored, None
+        if restored is not None and restored["topology"]:
+            self._take_up(pl_module, restored)
+
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
@@ -433,11 +437,17 @@ class TamiyoCallback(L.Callback):
     def _request(self, decision: Decision) -> None:
         self._requests.append(decision)
 
+    def _take_up(self, module: L.LightningModule, restored: Mapping[str, Any]) -> None:
+        """Be where the checkpoint was written."""
+        self._begin(module, msgspec.convert(restored["topology"], ModelTopology))
+        assert self._controller is not None
+        self._controller.load_state_dict(restored["controller"])
+        self._steps_a_batch = restored["steps_a_batch"]
+
     def _begin(self, module: L.LightningModule, topology: ModelTopology) -> None:
         """Attach to the traced model and start the loop."""
         assert self._run is not None
-        assert self._records is not None
-        recorder = self._records.recorder
+        recorder = Recorder(self.run_id) if self._records is None else self._records.recorder
         self._body = Body(module, topology, seed=self.config.seed)
         self._body.on_change = self._wake
         policy = make_policy(self.config.policy, **self.config.policy_options)
