@@ -185,8 +185,7 @@ def rest(layer: nn.Module) -> None:
     if isinstance(layer, SeedLayer) and SEEDS not in layer._modules:
         slot = layer._esper_slot
         if slot is not None and slot.idle:
-            # Taken away, not set to None: compiled code is guarded on what an instance holds.
-            layer.__dict__.pop("_esper_slot", None)
+            layer._esper_slot = None
             _wake(layer, False)
 
 
