@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from esper.errors import ConfigError
-from esper.hosts import CNNConfig, GPTConfig, MLPConfig
+from esper.hosts import CNNConfig, EncoderConfig, GPTConfig, MLPConfig
 from esper.settings import TrainSettings, parse_settings
 from esper.tamiyo.config import BudgetConfig, ProbeConfig
 from esper.tamiyo.policies import make_policy, policy_names
@@ -35,6 +35,10 @@ GROUPS = (
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+PRESETS = {"adapters": "uniform"}
+"""Policy files that hold other settings of a policy that has a file of its own."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +74,7 @@ def test_every_option_composes(choice: str) -> None:
 def test_every_policy_goes_with_every_experiment(experiment: str, policy: str) -> None:
     made = settings(f"experiment={experiment}", f"policy={policy}")
     assert made.name == experiment
-    assert made.growth.policy == policy
+    assert made.growth.policy == PRESETS.get(policy, policy)
 
 
 def test_a_bare_command_is_the_digits_experiment() -> None:
@@ -83,7 +87,12 @@ def test_a_bare_command_is_the_digits_experiment() -> None:
 
 @pytest.mark.parametrize(
     ("experiment", "family"),
-    [("fashion_mlp", MLPConfig), ("fashion_cnn", CNNConfig), ("shakespeare_gpt", GPTConfig)],
+    [
+        ("fashion_mlp", MLPConfig),
+        ("fashion_cnn", CNNConfig),
+        ("shakespeare_gpt", GPTConfig),
+        ("finetune_clinc", EncoderConfig),
+    ],
 )
 def test_an_experiment_chooses_its_host(experiment: str, family: type) -> None:
     assert isinstance(settings(f"experiment={experiment}").host, family)
@@ -99,7 +108,8 @@ def test_the_command_line_wins_over_an_experiment() -> None:
 
 
 def test_every_policy_has_a_file_with_all_its_options() -> None:
-    assert options("policy") == policy_names()
+    assert options("policy") == sorted([*policy_names(), *PRESETS])
+    assert {name: settings(f"policy={name}").growth.policy for name in PRESETS} == PRESETS
     for name in policy_names():
         given = plain(f"policy={name}")["policy"]["options"]
         known = {field.name for field in dataclasses.fields(type(make_policy(name, **given)).config_type)}

@@ -31,6 +31,8 @@ from esper.train import train
 ROOT = Path(__file__).parent.parent
 POLICIES = ("expressivity", "random", "off")
 EXPERIMENTS = ("digits_mlp", "fashion_mlp", "fashion_cnn", "shakespeare_gpt")
+STARTS = [(experiment, policy) for experiment in EXPERIMENTS for policy in POLICIES]
+STARTS.append(("finetune_clinc", "adapters"))  # 22 M parameters take seconds: with its own policy only
 # Growth within two short epochs: windows and gates as small as they go.
 SMALL = (
     "trainer.max_epochs=2", "host.hidden=[12,4,8]", "kasmina.lifecycle.gate_interval_steps=2",
@@ -61,14 +63,17 @@ def run(folder: Path, *overrides: str, stop: StopRequest | None = None) -> RunSu
         return train(composed(*overrides), folder, console=Console(file=sink), stop=stop)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(("experiment", "policy"), STARTS)
 def test_every_experiment_runs_a_step(
     experiment: str, policy: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if experiment != "digits_mlp":
         request.getfixturevalue("data_dir")
     fewer = ["data.limit_train=2000"] if experiment.startswith("fashion") else []
+    if experiment == "finetune_clinc":
+        pytest.importorskip("transformers", reason="the encoder comes with esper[finetune]")
+        pytest.importorskip("tokenizers", reason="the tokenizer comes with esper[finetune]")
+        fewer = ["data.examples_per_intent=1"]
     summary = run(
         tmp_path / "run", f"experiment={experiment}", f"policy={policy}", "trainer.max_steps=1", "controls=none",
         "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", *fewer,
