@@ -13,7 +13,7 @@ from esper.kasmina.blueprints import Cost, get_blueprint
 from esper.kasmina.evaluation_pass import find_skipped
 from esper.kasmina.example import forget_example
 from esper.kasmina.find_sites import context_of, find_sites
-from esper.kasmina.layer import SeedLayer, restore_class, swap_class
+from esper.kasmina.layer import SEEDS, SeedLayer, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.pricing import Prices
 from esper.kasmina.reasons import why_no_site
@@ -63,6 +63,10 @@ class Body:
         self._named: list[Site] = []
         self._by_name: dict[str, Site] = {}
         self._index = SeedIndex()
+        # Counted once: to walk all names of a deep host takes longer than to decide on it.
+        self._num_host = sum(
+            p.numel() for name, p in model.named_parameters() if SEEDS not in name.split(".")
+        )
         self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
         self._settle(topology)
         follow_state_dict(model)
@@ -77,7 +81,7 @@ class Body:
     @property
     def num_parameters(self) -> int:
         """Parameters of host and seeds together."""
-        return sum(p.numel() for p in self.model.parameters())
+        return self._num_host + sum(p.numel() for seed in self.seeds for p in seed.parameters())
 
     @property
     def flops(self) -> int:

@@ -91,11 +91,41 @@ def measure_sample_dims(model: nn.Module, topology: ModelTopology, run: Run, bat
             problem = f"layer {mixing!r} mixes what stands along the data's first dimension"
             return _unknown(topology, problem)
         lengths = _lengths(model, names, run, few)
+    found = _inherited(topology, found)
     layers = tuple(
         _placed(layer, found[layer.name], lengths.get(layer.name, ((), ()))) if layer.name in found else layer
         for layer in topology.layers
     )
     return structs.replace(topology, layers=layers, layout_measured=True)
+
+
+def _inherited(topology: ModelTopology, found: dict[str, _Dims]) -> dict[str, _Dims]:
+    """``found``, with what layers that the data did not visibly reach take over from the layers that feed them.
+
+    Behind a dead layer, or dozens of freshly initialised ones, another sample makes no difference that could
+    be told from rounding.
+    """
+    nothing = _Dims(_SAME, _SAME)
+    known = dict(found)
+    inside: dict[str, _Dims] = {}
+    for layer in topology.layers:  # producers stand first
+        if layer.block or layer.name not in known:
+            continue
+        for edge in topology.producers(layer.name) if known[layer.name] == nothing else ():
+            dim = _known_dim(known.get(edge.source, nothing))
+            if dim is not None and topology.layer(edge.source).output_rows == layer.input_rows:
+                known[layer.name] = _Dims(dim, dim)
+                break
+        outer = layer.name.rpartition(".")[0]
+        while outer and _known_dim(known[layer.name]) is not None:
+            inside.setdefault(outer, known[layer.name])
+            outer = outer.rpartition(".")[0]
+    return {name: inside.get(name, nothing) if dims == nothing else dims for name, dims in known.items()}
+
+
+def _known_dim(dims: _Dims) -> int | None:
+    """The sample dimension of a layer's output, or of its input where only that is known."""
+    return dims.y if isinstance(dims.y, int) else dims.x if isinstance(dims.x, int) else None
 
 
 def _unknown(topology: ModelTopology, problem: str) -> ModelTopology:

@@ -286,7 +286,7 @@ class Controller:
 
     def _recycle(self, decision: Decision, step: int) -> Decision:
         self.warden.before_adaptation(step, decision.site)
-        batches = self._scorer.batches()[0]
+        batches = self._scorer.batches()
         report = recycle_layer(
             self.body,
             decision.site,

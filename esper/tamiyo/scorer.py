@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 import torch
-from torch import Tensor
 
 from esper.errors import GrowthError
 from esper.kasmina.blueprints.dense import init_widen_closed_form
@@ -91,12 +90,12 @@ class Scorer:
         self, names: Sequence[str], size: int, step: int, total_steps: int
     ) -> dict[str, tuple[float, ...]]:
         """Scores by site name, as the numbers of :class:`SiteScore`, on this process's batches."""
-        _, loss, samples = self.batches()
+        batch = self._batch()
         wanted = [self._body.site(name) for name in names]
-        sites, rows, permutations, price = self._affordable(wanted, samples, step, total_steps)
+        sites, rows, permutations, price = self._affordable(wanted, batch.num_samples, step, total_steps)
         scores = score_sites(
             self._body,
-            loss,
+            batch,
             sites,
             size=size,
             generator=self._generator,
@@ -114,9 +113,9 @@ class Scorer:
         """
         branch = seed.branch
         assert isinstance(branch, HiddenUnits)
-        _, loss, samples = self.batches()
+        batch = self._batch()
         most = self._config.probes.max_samples
-        found = capture_rows(self._body, loss, [seed.site], max_samples=most).get(seed.site.name)
+        found = capture_rows(self._body, batch, [seed.site], max_samples=most).get(seed.site.name)
         ranks = self._run.ranks
         unreached = ranks.objection(
             "a closed-form start", "no gradient reaches the site" if found is None else ""
@@ -127,39 +126,46 @@ class Scorer:
         start = closed_form_start(A, B, G, seed.size, generator=self._generator)
         init_widen_closed_form(branch, start.weight_in, start.bias_in)
         self._ledger.charge_measurement(
-            estimate_flops(self._body, [seed.site], samples, max_samples=most, num_permutations=0)
+            estimate_flops(self._body, [seed.site], batch.num_samples, max_samples=most, num_permutations=0)
         )
 
-    def batches(self) -> tuple[list[LossOnBatch], Callable[[], Tensor], int]:
-        """The batches to measure on, their mean loss, and how many samples they hold."""
-        batches = list(self._run.held_out()) or [self._run.recent()]
-        samples = sum(batch.num_samples for batch in batches)
+    def batches(self) -> list[LossOnBatch]:
+        """The batches to measure on."""
+        return list(self._run.held_out()) or [self._run.recent()]
 
-        def loss() -> Tensor:
-            return torch.stack([batch() * batch.num_samples for batch in batches]).sum() / samples
-
-        return batches, loss, samples
+    def _batch(self) -> LossOnBatch:
+        """The one batch whose rows scores are made of: a layer keeps those of its last call only."""
+        return self.batches()[-1]
 
     def _affordable(
         self, sites: Sequence[Site], samples: int, step: int, total_steps: int
     ) -> tuple[list[Site], int, int, float]:
         """The best precision that the share of the run's FLOPs allows; then the cheapest sites alone."""
         most = self._config.probes.max_samples
-        chosen = list(sites)
-        price = 0.0
-        while chosen:
-            for divisor, permutations in _PRECISIONS:
-                rows = max(2, most // divisor)
-                price = estimate_flops(
-                    self._body, chosen, samples, max_samples=rows, num_permutations=permutations
-                )
+        precisions = [(max(2, most // divisor), permutations) for divisor, permutations in _PRECISIONS]
+        passes = self._price([], samples, *precisions[0])
+        prices = {
+            site.name: [self._price([site], samples, *precision) - passes for precision in precisions]
+            for site in sites
+        }
+        given_up = sorted(sites, key=lambda site: (math.prod(site.source_shape), site.name))
+        left = dict.fromkeys(site.name for site in sites)
+        totals = [passes + sum(prices[name][i] for name in left) for i in range(len(precisions))]
+        while left:
+            for (rows, permutations), price in zip(precisions, totals, strict=True):
                 if self._ledger.may_score(price, step, total_steps):
-                    return chosen, rows, permutations, price
-            chosen.remove(max(chosen, key=lambda site: (math.prod(site.source_shape), site.name)))
+                    return [site for site in sites if site.name in left], rows, permutations, price
+            last = given_up.pop().name
+            del left[last]
+            if left:
+                totals = [total - price for total, price in zip(totals, prices[last], strict=True)]
         raise GrowthError(
-            f"scoring a single site would cost {price:.3g} FLOPs, more than max_scoring_fraction="
+            f"scoring a single site would cost {totals[-1]:.3g} FLOPs, more than max_scoring_fraction="
             f"{self._config.budget.max_scoring_fraction:g} of the run's training leaves"
         )
+
+    def _price(self, sites: Sequence[Site], samples: int, rows: int, permutations: int) -> float:
+        return estimate_flops(self._body, sites, samples, max_samples=rows, num_permutations=permutations)
 
 
 def _mean_scores(answers: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, SiteScore]:

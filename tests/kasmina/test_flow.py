@@ -97,3 +97,33 @@ def test_long_bypasses_of_a_residual_host_are_sampled() -> None:
     blocks = [int(site.source.rpartition(".")[2]) for site in long if site.source != "first"]
     assert blocks == sorted(blocks)
     assert max(b - a for a, b in itertools.pairwise([0, *blocks, 150])) <= 5  # spread, not the first few
+
+
+def test_layers_that_the_data_hardly_reach_have_the_sample_dimension_of_what_feeds_them() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(60) for layer in (nn.Linear(4, 4), nn.ReLU())]
+    model = nn.Sequential(
+        *layers, nn.Linear(4, 2)
+    )  # as torch initialises it, a signal fades within 20 layers
+    body = attach(model, torch.randn(4, 4))
+    assert {layer.output_samples for layer in body.topology.layers} == {0}
+    assert body.site("bypass:0->120").long
+
+    class Fading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(5, 4)
+            self.dead, self.block, self.head = (
+                nn.Linear(4, 4),
+                nn.Sequential(nn.Linear(4, 4)),
+                nn.Linear(4, 2),
+            )
+            nn.init.zeros_(self.dead.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.dead(x) + self.places(torch.arange(5))
+            return self.head(self.block(h).relu())
+
+    topology = attach(Fading(), torch.randn(4, 5, 4)).topology
+    assert [topology.layer(name).input_samples for name in ("block.0", "head")] == [0, 0]
+    assert topology.layer("places").output_samples is None

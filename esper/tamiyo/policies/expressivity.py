@@ -29,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from esper.errors import GrowthError
 from esper.messages import Decision
 from esper.tamiyo.policies.base import Choice, EventPolicy, Pause
@@ -45,6 +47,8 @@ __all__ = ["ExpressivityConfig", "ExpressivityPolicy"]
 
 AROUND = ("widen", "shortcut")
 """What is laid along a long bypass: hidden units of its own where it takes them, else a linear map."""
+_MOST_TOLD = 32
+"""Layers whose width or neck a decision tells: the narrowest."""
 ENOUGH_IN_SERIES = 3
 """Layers in series from which on a long bypass can be worth more than widening."""
 
@@ -57,6 +61,8 @@ class ExpressivityConfig(EventConfig):
         min_z: Standard deviations of the permuted scores by which a score has to exceed their mean.
         min_share: Excess, over the smaller width of source and target, that makes a seed worth having.
         min_tokens_per_parameter: A transformer that sees no more tokens per parameter than this waits.
+        max_sites: Sites scored at one event besides the way around; of more, the narrower half is where layers
+            are narrowest, and the rest is drawn at random.
         bad_shape: A layer narrower than this share of what lies before and behind it is a neck; asked
             only where sites cannot be scored.
         recycle_above: Dormancy above which a layer is recycled; 1 for never.
@@ -66,6 +72,7 @@ class ExpressivityConfig(EventConfig):
     min_z: float = 3.0
     min_share: float = 0.025
     min_tokens_per_parameter: float = 110.0
+    max_sites: int = 16
     bad_shape: float = 0.5
     recycle_above: float = 0.3
     recycle_cooldown_steps: int = 100
@@ -77,6 +84,7 @@ class ExpressivityConfig(EventConfig):
             (self.min_z >= 0.0, "min_z should not be negative"),
             (0.0 <= self.min_share <= 1.0, "min_share should lie in [0, 1]"),
             (self.min_tokens_per_parameter >= 0.0, "min_tokens_per_parameter should not be negative"),
+            (self.max_sites >= 1, "max_sites should be at least 1"),
             (0.0 <= self.bad_shape <= 1.0, "bad_shape should lie in [0, 1]"),
             (0.0 <= self.recycle_above <= 1.0, "recycle_above should lie in [0, 1]"),
             (self.recycle_cooldown_steps >= 0, "recycle_cooldown_steps should not be negative"),
@@ -140,7 +148,7 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
         tpp, least = state.tokens_per_parameter, self.config.min_tokens_per_parameter
         layers = hidden_layers(state)
         numbers = {"tokens_per_parameter": tpp, "min_tokens_per_parameter": least}
-        numbers |= {f"width:{layer.name}": float(layer.width) for layer in layers}
+        numbers |= {f"width:{layer.name}": float(layer.width) for layer in layers[:_MOST_TOLD]}
         if tpp <= least:
             few = f"{tpp:.0f} tokens a parameter are too few for growth to pay; it does above {least:.0f}"
             return Pause(few, numbers)
@@ -168,8 +176,10 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
         in_series = layers_in_series(state.topology)
         necks = {layer.name: layer.neck for layer in layers}
         numbers: dict[str, float] = {"layers_in_series": in_series, "bad_shape": self.config.bad_shape}
-        numbers |= {f"neck:{name}": neck for name, neck in necks.items()}
+        narrowest = sorted(necks, key=lambda name: necks[name])[:_MOST_TOLD]
+        numbers |= {f"neck:{name}": necks[name] for name in necks.keys() & set(narrowest)}
         lead, others = self._candidates(state, layers, in_series)
+        others = self._sampled(state, others, necks)
         if not lead and not others:
             return Pause("no bypass is available", numbers)
         seen: list[_Candidate] = []
@@ -218,6 +228,20 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
                     (lead if first else others).append(_Candidate(site, bypass.blueprint, around=True))
         return lead, others
 
+    def _sampled(
+        self, state: GrowthState, candidates: list[_Candidate], necks: Mapping[str, float]
+    ) -> list[_Candidate]:
+        """No more candidates than are scored at one event, in their order."""
+        if len(candidates) <= self.config.max_sites:
+            return candidates
+        drawn = torch.randperm(len(candidates), generator=state.generator).tolist()
+        # The narrowest layer is the right one in half to three quarters of states (GROWTH.md §1). Sorting is
+        # stable, so that of equally narrow ones the order drawn decides.
+        narrow = sorted(drawn, key=lambda i: _neck(candidates[i], necks))[: self.config.max_sites // 2]
+        others = [i for i in drawn if i not in narrow]
+        chosen = sorted([*narrow, *others[: self.config.max_sites - len(narrow)]])
+        return [candidates[i] for i in chosen]
+
     def _clears(self, candidate: _Candidate) -> bool:
         score = candidate.score
         assert score is not None
@@ -231,6 +255,10 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
         around = [candidate for candidate in candidates if candidate.around]
         over = [c for c in candidates if not c.around and necks[c.site.source] < self.config.bad_shape]
         return [*around, *sorted(over, key=lambda c: necks[c.site.source])]
+
+
+def _neck(candidate: _Candidate, necks: Mapping[str, float]) -> float:
+    return 1.0 if candidate.around else necks[candidate.site.source]
 
 
 def _score(state: GrowthState, candidates: Sequence[_Candidate], size: int) -> tuple[list[_Candidate], str]:
