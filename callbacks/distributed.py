@@ -50,6 +50,7 @@ class WatchingRanks(Ranks):
     def __init__(self, rank: int, num_processes: int) -> None:
         self.rank = rank
         self.num_processes = num_processes
+        self.may_change = False
 
 
 class ProcessRanks(Ranks):
@@ -59,6 +60,8 @@ class ProcessRanks(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.num_processes = self.size
         self._group: Any = dist.new_group(backend="gloo")
+        self.may_change = False
+        self._told = False
         self._watch = FailureWatch(f"esper/{next(_num_runs)}", self.rank, self.size)
 
     def exchange(self, about: str, value: Any) -> list[Any]:
@@ -103,6 +106,7 @@ class ProcessRanks(Ranks):
         Raises:
             RankError: Another rank has failed.
         """
+        self.may_change = True
         try:
             yield
         except RankError:
@@ -110,6 +114,8 @@ class ProcessRanks(Ranks):
         except Exception as error:
             self._tell(error)
             raise
+        finally:
+            self.may_change = False
 
     def failed(self, exception: BaseException) -> None:
         """Say why this rank stops, or learn from the others why it has to; call it when training ends by an error.
@@ -117,7 +123,7 @@ class ProcessRanks(Ranks):
         A process that goes away leaves the others with a broken connection and no reason. The first one's
         reason is added to what the others raise.
         """
-        if isinstance(exception, RankError) or not isinstance(exception, Exception):
+        if self._told or isinstance(exception, RankError) or not isinstance(exception, Exception):
             return  # every rank knows; or a person has interrupted them all
         told = self._watch.report(f"rank {self.rank} failed first: {_sentence(exception)}")
         if told:
@@ -138,6 +144,7 @@ class ProcessRanks(Ranks):
             self._swap(message, timeout_s=_TELL_S)
         except RuntimeError:
             return  # the others have gone on to train; there they will find that this rank is missing
+        self._told = True
 
     def _answers(self, about: str, messages: Sequence[bytes]) -> list[Any]:
         decoded = [msgspec.msgpack.decode(message) for message in messages]

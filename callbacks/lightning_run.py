@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as L
@@ -22,10 +23,12 @@ from esper.callbacks.run_length import estimated_steps
 from esper.errors import GrowthError, UnsupportedError
 from esper.kasmina.optimizer import unwrap
 from esper.kasmina.trace import preserved
+from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.ranks import Ranks
 
 __all__ = ["BatchLoss", "LightningRun", "batch_size"]
 
+_RECORDS = ("journal", "bus")
 _TORCH_OWN = frozenset(torch.nn.Module().__dict__)
 
 
@@ -126,19 +129,28 @@ class LightningRun:
         """Let DDP know of it; the optimizers were told by whoever changed the structure."""
         wrap_again(self.trainer.strategy, self.module)
 
-    def check_alike(self, sites: Sequence[str]) -> None:
-        """Make sure that every process has found the same ``sites``, and so trains the same model.
+    def check_alike(self, config: TamiyoConfig, sites: Sequence[str]) -> None:
+        """Make sure that every process trains the same model with the same settings.
+
+        Args:
+            config: All settings; those of the records may differ.
+            sites: Names of the sites that this process has found.
 
         Raises:
             GrowthError: They differ; every process raises it.
         """
         if self.ranks.size == 1:
             return
-        for rank, other in enumerate(self.ranks.exchange("the sites of the model", list(sites))):
-            if different := sorted(set(other) ^ set(sites)):
+        settings = {f.name: repr(getattr(config, f.name)) for f in fields(config) if f.name not in _RECORDS}
+        first, *others = self.ranks.exchange("settings and sites", [settings, list(sites)])
+        for rank, (other, found) in enumerate(others, start=1):
+            unlike = [name for name, value in first[0].items() if other[name] != value]
+            unlike += sorted(set(found) ^ set(first[1]))[:5]
+            if unlike:
                 raise GrowthError(
-                    f"every process should find the same sites for seeds, but rank {rank} and rank {self.ranks.rank} "
-                    f"differ in {', '.join(different[:5])}; does the model's data flow hang on the data or on the rank?"
+                    "every process should find the same sites for seeds and have the same settings, but rank 0 and "
+                    f"rank {rank} differ in {', '.join(unlike)}; give all processes the same, and let the model's "
+                    "data flow hang neither on the rank nor on the data"
                 )
 
     def failed(self, exception: BaseException) -> None:
@@ -150,6 +162,7 @@ class LightningRun:
         """End the talk with the other processes; safe to call twice."""
         if isinstance(self.ranks, ProcessRanks):
             self.ranks.close()
+        self.ranks = Ranks()
 
     def loss(self, batch: Any, index: int, *, moved: bool = False) -> Tensor:
         """The loss of the module's own step on ``batch``: ``training_step``, or ``validation_step``

@@ -42,9 +42,11 @@ class Records:
         *,
         resumed_at: int | None,
     ) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of every rank: rank 0 tells the others
-        path = Path(config.journal) if config.journal else folder / "growth.jsonl"
         growing = config.policy != "off"
+        path = Path(config.journal or "growth.jsonl")
+        if not config.journal and (growing or config.bus is not None):
+            # On every rank: Lightning asks rank 0 for the folder, once a fit.
+            path = Path(trainer.log_dir or trainer.default_root_dir) / path
         self._config = config
         self._run_id = run_id
         self._journal: Journal | None = None

@@ -492,7 +492,16 @@ class TamiyoCallback(L.Callback):
             self._quiet_until = min(controller.next_due(step), needs_hook - self._steps_a_batch)
 
     def _wake(self) -> None:
-        """Somebody has changed the body by hand: look at everything again, from this very batch on."""
+        """Somebody has changed the body by hand: look at everything again, from this very batch on.
+
+        Raises:
+            GrowthError: Several processes train the model, and nobody can tell whether all of them did it.
+        """
+        if self._run is not None and not self._run.ranks.may_change:
+            raise GrowthError(
+                "several processes train this model, so it has to be changed in all of them between the same two "
+                "steps; ask for it by germinate(...) or cull(...) of the callback, on rank 0 or on all ranks"
+            )
         self._quiet_until = 0
         self._hooks.set("on_before_optimizer_step", True)
         if self._averages is not None:
@@ -516,7 +525,7 @@ class TamiyoCallback(L.Callback):
             self._body.measure_layout(lambda part: run.loss(part, 0, moved=True), run.last_batch)
         if run.held_out():
             self._body.check_evaluation(run.held_out()[0])
-        run.check_alike([site.name for site in self._body.sites])
+        run.check_alike(self.config, [site.name for site in self._body.sites])
         self._evaluated = True
 
     def _tell_sites(self, trainer: L.Trainer) -> None:

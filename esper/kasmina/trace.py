@@ -385,7 +385,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def _keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remember a few samples of what the model was called with: an export proves itself on them."""
-    keep_example(module, args, kwargs)
+    if "forward" not in module.__dict__:  # else Lightning has put a step of its own in its place, for DDP
+        keep_example(module, args, kwargs)
 
 
 def _markable(value: Any) -> bool:

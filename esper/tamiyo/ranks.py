@@ -28,12 +28,15 @@ class Ranks:
         rank: This one's number; rank 0 decides.
         num_processes: Processes that train the model, whether they have to agree or not.
         closed: Why nothing may be grown in this run; empty when it may.
+        may_change: Whether the model may be changed at this moment: with several processes only inside
+            :meth:`together`.
     """
 
     size: int = 1
     rank: int = 0
     num_processes: int = 1
     closed: str = ""
+    may_change: bool = True
 
     def exchange(self, about: str, value: Any) -> list[Any]:
         """Every rank's ``value``, in the order of ranks.
