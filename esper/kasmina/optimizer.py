@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Muon, Optimizer, SparseAdam
+from torch.optim import LBFGS, SGD, Adagrad, Muon, Optimizer, SparseAdam
 
 from esper.errors import CheckpointError, GrowthError, UnsupportedError
 
 __all__ = [
     "check_optimizer",
-    "fill_momentum",
+    "fill_state",
     "group_names",
     "refusal",
     "register_parameters",
@@ -112,7 +112,7 @@ def register_parameters(
         group["params"].append(parameter)
         if "param_names" in group:
             group["param_names"].append(name)
-        fill_momentum(optimizer, group)
+        fill_state(optimizer, group)
     return [name for name, *_ in planned]
 
 
@@ -257,10 +257,11 @@ def _group_for_vectors(
     return max(places, key=lambda place: sum(p.ndim != 2 for p in place[1]["params"]))
 
 
-def fill_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Give fused SGD the buffers that its kernel wants to be all there or all missing.
+def fill_state(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Give the parameters of a group what their optimizer does not make on their first step.
 
-    A zero buffer leaves the first step what it is without one: 0 * momentum + gradient.
+    Fused SGD wants momentum buffers to be all there or all missing; a zero buffer leaves the first step what
+    it is without one: 0 * momentum + gradient. Adagrad makes its state when it is built in some versions of torch.
     """
     if isinstance(optimizer, SGD) and group["fused"] and group["momentum"]:
         for p in group["params"]:
@@ -268,6 +269,9 @@ def fill_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(
                     p, memory_format=torch.preserve_format
                 )
+    if isinstance(optimizer, Adagrad) and (late := [p for p in group["params"] if p not in optimizer.state]):
+        options = {name: value for name, value in group.items() if name in optimizer.defaults}
+        optimizer.state.update(Adagrad(late, **options).state)
 
 
 def _names_in_group(group: dict[str, Any], where: str, names: dict[int, str]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.errors import CheckpointError
-from esper.kasmina.optimizer import fill_momentum, group_names, reorder_groups, unregister_parameters, unwrap
+from esper.kasmina.optimizer import fill_state, group_names, reorder_groups, unregister_parameters, unwrap
 
 __all__ = ["Snapshot", "capture", "is_finite", "renew_optimizer_state", "restore"]
 
@@ -166,7 +166,7 @@ def renew_optimizer_state(
                         key: _clone(value, "cpu" if key == "step" and not on_device else p.device)
                         for key, value in states[name].items()
                     }
-            fill_momentum(optimizer, group)
+            fill_state(optimizer, group)
 
 
 def _unwrap_all(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -177,7 +177,7 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
         necks = {layer.name: layer.neck for layer in layers}
         numbers: dict[str, float] = {"layers_in_series": in_series, "bad_shape": self.config.bad_shape}
         narrowest = sorted(necks, key=lambda name: necks[name])[:_MOST_TOLD]
-        numbers |= {f"neck:{name}": necks[name] for name in necks.keys() & set(narrowest)}
+        numbers |= {f"neck:{name}": necks[name] for name in narrowest}
         lead, others = self._candidates(state, layers, in_series)
         others = self._sampled(state, others, necks)
         if not lead and not others:
