@@ -21,6 +21,7 @@ from esper.kasmina.body import Body
 from esper.kasmina.eager import EagerMode
 from esper.kasmina.health import health_scores
 from esper.kasmina.layer import SeedLayer, primary, seeds_of, set_observer
+from esper.kasmina.linear_like import features
 from esper.kasmina.sampling import sample_elements, sample_rows
 from esper.kasmina.seed import Seed
 from esper.kasmina.statistics import LayerSample, LayerStatistics, drain, summarise
@@ -112,7 +113,8 @@ class ProbeRunner:
         model = self._body.model
         for layer in topology.layers:
             module = model.get_submodule(layer.name)
-            if layer.num_calls == 1 and isinstance(module, _DENSE) and isinstance(module, SeedLayer):
+            dense = isinstance(module, _DENSE) or features(module) is not None
+            if layer.num_calls == 1 and dense and isinstance(module, SeedLayer):
                 self._probes[layer.name] = _Probe(module)
         for edge in topology.edges:
             producer, consumer = self._probes.get(edge.source), self._probes.get(edge.target)

@@ -39,7 +39,21 @@ def why_no_site(model: nn.Module, topology: ModelTopology, sites: Iterable[Site]
             reason = _why_not_grown(model, layer)
         if reason is not None:
             reasons[layer.name] = reason
-    return reasons
+    return reasons | _never_called(model, topology)
+
+
+def _never_called(model: nn.Module, topology: ModelTopology) -> dict[str, str]:
+    """Layers with parameters that did not run on their own, nor inside another that did."""
+    known = {layer.name for layer in topology.layers if not layer.block} | set(topology.refused)
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = any(True for _ in module.parameters(recurse=False))
+        if not own or not name or SEEDS in name.split(".") or any(True for _ in module.children()):
+            continue
+        parts = name.split(".")
+        if not any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1)):
+            found[name] = "never called as a module in training: its parameters are used elsewhere, or not at all"
+    return found
 
 
 def _why_not_grown(model: nn.Module, layer: LayerInfo) -> str:

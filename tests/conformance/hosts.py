@@ -9,7 +9,7 @@ Legend: B samples, T tokens, V vocabulary, K classes, F features, N nodes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 __all__ = ["HOSTS", "HostCase", "host", "host_names"]
 
@@ -38,6 +37,14 @@ class HostCase:
         make_batch: From a generator to one batch, as ``training_step`` takes it.
         network: Name of the child that holds the network; empty where the module itself is it.
         inputs: From a batch to what the network's forward takes: a tensor, a tuple, or a dict of keywords.
+        grows: What tests assert to fit the host: kind of site -> blueprints.
+        fit: Site (in the network) and blueprint that the training runs grow.
+        left_alone: Layers without a site -> a part of the reason that is given.
+        also: Further sites and blueprints to grow, besides one site for each kind and blueprint.
+        as_graph: Blueprints with which ``export`` gives a graph (of torch.fx or torch.export), and not the
+            host's own class.
+        generates: The network has transformers' ``generate``.
+        mixes: The data's first dimension does not count samples, which see each other.
     """
 
     name: str
@@ -47,6 +54,13 @@ class HostCase:
     make_batch: Callable[[torch.Generator], Any]
     network: str = "net"
     inputs: Callable[[Any], Any] = field(default=lambda batch: batch[0])
+    grows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fit: tuple[str, str] = ("", "")
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[tuple[str, str], ...] = ()
+    as_graph: tuple[str, ...] = ()
+    generates: bool = False
+    mixes: bool = False
 
     def build(self, seed: int = 0, *, dropout: bool = False) -> L.LightningModule:
         """A fresh module; equal seeds give equal weights.
@@ -71,13 +85,39 @@ class HostCase:
         generator = torch.Generator().manual_seed(seed)
         return [self.make_batch(generator) for _ in range(count)]
 
-    def loader(self, count: int = NUM_BATCHES, seed: int = 0) -> DataLoader[Any]:
-        """The batches in a loader that keeps their order."""
-        return DataLoader(self.batches(count, seed), batch_size=None)  # type: ignore[arg-type]
+    def loader(self, count: int = NUM_BATCHES, seed: int = 0) -> FixedBatches:
+        """The batches in a loader that keeps their order, and its place in a checkpoint."""
+        return FixedBatches(self.batches(count, seed))
 
     def example(self, seed: int = 0) -> Any:
         """Input of the network, as :func:`esper.attach` takes it."""
         return self.inputs(self.batches(1, seed)[0])
+
+
+class FixedBatches:
+    """The same batches in the same order every epoch; a checkpoint in the middle of one holds the place."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+        self.position = 0
+        self._start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        for index in range(start, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given out."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration behind those that were given out; behind the last one, at the first."""
+        self._start = state["position"] % len(self.batches)
 
 
 class Wrapped(L.LightningModule):
@@ -334,61 +374,126 @@ def _causal(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
+DENSE = ("bottleneck", "lowrank", "norm")
+"""Parallel blueprints of a layer of vectors."""
+TOKENS = ("attention", *DENSE)
+"""Of a layer of sequences."""
+IMAGES = ("attention", "bottleneck", "depthwise", "lowrank", "norm")
+"""Of a host with convolutions and dense layers."""
+
 HOSTS: tuple[HostCase, ...] = (
     HostCase(
-        "boring", "Lightning", "demos BoringModel", _boring,
+        "boring", "Lightning", "demos `BoringModel`", _boring,
         lambda g: torch.randn(B, 32, generator=g), network="", inputs=lambda batch: batch,
+        grows={"parallel": DENSE}, fit=("parallel:layer", "bottleneck"),
     ),
     HostCase(
-        "demo_transformer", "Lightning", "demos Transformer language model", _demo_transformer, _pairs,
+        "demo_transformer", "Lightning", "demos `Transformer` language model", _demo_transformer, _pairs,
         network="model", inputs=lambda batch: batch,
+        grows={"parallel": TOKENS, "bypass": ("widen",)},
+        fit=("bypass:transformer.encoder.layers.0.linear1->transformer.encoder.layers.0.linear2", "widen"),
+        left_alone={"embedding": "called 2 times in one forward pass"},
     ),
     HostCase(
-        "bert", "transformers", "BertForSequenceClassification", _bert,
+        "bert", "transformers", "`BertForSequenceClassification`", _bert,
         lambda g: {**_padded(g), "labels": _classes(g)}, inputs=_keywords("labels"),
+        grows={"parallel": TOKENS, "bypass": ("shortcut", "widen")},
+        fit=("bypass:bert.encoder.layer.1.intermediate.dense->bert.encoder.layer.1.output.dense", "widen"),
+        left_alone={"bert.embeddings.word_embeddings": "of type nn.Embedding"},
+        as_graph=("shortcut",),
     ),
-    HostCase("gpt2", "transformers", "GPT2LMHeadModel", _gpt2, _causal, inputs=_keywords("labels")),
-    HostCase("llama", "transformers", "LlamaForCausalLM", _llama, _causal, inputs=_keywords("labels")),
     HostCase(
-        "vit", "transformers", "ViTForImageClassification", _vit,
+        "gpt2", "transformers", "`GPT2LMHeadModel`", _gpt2, _causal, inputs=_keywords("labels"),
+        grows={"parallel": TOKENS, "bypass": ("shortcut",), "stack": ("stack",)},
+        fit=("stack:transformer.h.0", "stack"),
+        left_alone={"transformer.wte": "of type nn.Embedding"}, as_graph=("shortcut",), generates=True,
+        also=(  # transformers' Conv1D
+            ("parallel:transformer.h.0.attn.c_attn", "lowrank"),
+            ("parallel:transformer.h.0.mlp.c_fc", "bottleneck"),
+        ),
+    ),
+    HostCase(
+        "llama", "transformers", "`LlamaForCausalLM`", _llama, _causal, inputs=_keywords("labels"),
+        grows={"parallel": TOKENS, "bypass": ("shortcut",), "stack": ("stack",)},
+        fit=("stack:model.layers.1", "stack"),
+        left_alone={"model.embed_tokens": "of type nn.Embedding"}, as_graph=("shortcut",), generates=True,
+    ),
+    HostCase(
+        "vit", "transformers", "`ViTForImageClassification`", _vit,
         lambda g: {"pixel_values": torch.randn(B, 1, 8, 8, generator=g), "labels": _classes(g)},
         inputs=_keywords("labels"),
+        grows={"parallel": IMAGES, "bypass": ("shortcut", "widen"), "stack": ("stack",)},
+        fit=("bypass:vit.layers.0.mlp.fc1->vit.layers.0.mlp.fc2", "widen"),
+        left_alone={"vit.layernorm": "of type nn.LayerNorm"},
+        as_graph=("depthwise", "shortcut"),
     ),
     HostCase(
-        "t5", "transformers", "T5ForConditionalGeneration", _t5,
+        "t5", "transformers", "`T5ForConditionalGeneration`", _t5,
         lambda g: {**_padded(g), "labels": _tokens(g, B, T)}, inputs=lambda batch: dict(batch),
+        grows={"parallel": TOKENS, "bypass": ("widen",), "stack": ("stack",)},
+        fit=("stack:decoder.block.1", "stack"),
+        left_alone={
+            "encoder.block.0": "it alone holds layer.0.SelfAttention.relative_attention_bias.weight",
+            "decoder.block.1.layer.2": "one of several different layers in the list",
+        },
+        generates=True,
     ),
     HostCase(
-        "encoder", "torch", "nn.TransformerEncoder classifier, batch_first=True",
+        "encoder", "torch", "`nn.TransformerEncoder` classifier, batch_first=True",
         lambda: Wrapped(EncoderClassifier(batch_first=True)),
         lambda g: (_tokens(g, B, T), _classes(g)),
+        grows={"parallel": TOKENS, "bypass": ("widen",)},
+        fit=("bypass:encoder.layers.0.linear1->encoder.layers.0.linear2", "widen"),
+        left_alone={"embedding": "of type nn.Embedding"},
+        as_graph=("attention",), also=(("parallel:encoder.layers.0.self_attn.out_proj", "lowrank"),),
     ),
     HostCase(
-        "encoder_batch_second", "torch", "nn.TransformerEncoder classifier, batch in dimension 1",
+        "encoder_batch_second", "torch", "`nn.TransformerEncoder` classifier, batch in dimension 1",
         lambda: Wrapped(EncoderClassifier(batch_first=False)),
         lambda g: (_tokens(g, B, T), _classes(g)),
+        grows={"parallel": TOKENS, "bypass": ("shortcut", "widen")},
+        fit=("bypass:encoder.layers.0.self_attn->head", "shortcut"),
+        left_alone={"embedding": "of type nn.Embedding"},
+        as_graph=("shortcut",),
     ),
     HostCase(
-        "encoder_norm_first", "torch", "nn.TransformerEncoder classifier, norm_first=True",
+        "encoder_norm_first", "torch", "`nn.TransformerEncoder` classifier, norm_first=True",
         lambda: Wrapped(EncoderClassifier(batch_first=True, norm_first=True)),
         lambda g: (_tokens(g, B, T), _classes(g)),
+        grows={"parallel": TOKENS, "bypass": ("widen",), "stack": ("stack",)},
+        fit=("stack:encoder.layers.0", "stack"),
+        left_alone={"embedding": "of type nn.Embedding"},
+        as_graph=("attention",),
     ),
     HostCase(
-        "lstm", "torch", "nn.LSTM tagger, batch in dimension 1", lambda: Wrapped(LSTMTagger()),
+        "lstm", "torch", "`nn.LSTM` tagger, batch in dimension 1", lambda: Wrapped(LSTMTagger()),
         lambda g: (_tokens(g, B, T), _tokens(g, B, T, high=K)),
+        grows={"parallel": TOKENS, "bypass": ("shortcut",)}, fit=("parallel:hidden2tag", "attention"),
+        left_alone={"lstm": "of type nn.LSTM"}, as_graph=("shortcut",),
     ),
     HostCase(
-        "gcn", "torch-geometric", "GCN node classifier", _gcn, _graph, inputs=lambda batch: batch[:-1],
+        "gcn", "torch-geometric", "`GCN` node classifier", _gcn, _graph, inputs=lambda batch: batch[:-1],
+        grows={"parallel": DENSE}, fit=("parallel:convs.1.lin", "bottleneck"), mixes=True,
     ),
     HostCase(
-        "mlp", "esper.hosts", "MLP", _own("mlp"),
+        "mlp", "esper.hosts", "`MLP`", _own("mlp"),
         lambda g: (torch.randn(B, 12, generator=g), _classes(g)), network="host",
+        grows={"parallel": DENSE, "bypass": ("shortcut", "widen")}, fit=("bypass:layers.0->layers.1", "widen"),
+        as_graph=("bottleneck", "lowrank", "norm", "shortcut", "widen"),
     ),
     HostCase(
-        "cnn", "esper.hosts", "CNN with BatchNorm", _own("cnn"),
+        "cnn", "esper.hosts", "`CNN` with BatchNorm", _own("cnn"),
         lambda g: (torch.randn(B, 1, 8, 8, generator=g), _classes(g)), network="host",
+        grows={"parallel": IMAGES, "bypass": ("conv_widen", "shortcut")},
+        fit=("bypass:layers.0->layers.1", "conv_widen"),
+        left_alone={"norms.0": "of type nn.BatchNorm2d"}, as_graph=(*IMAGES, "conv_widen", "shortcut"),
     ),
-    HostCase("gpt", "esper.hosts", "GPT", _own("gpt"), _pairs, network="host"),
+    HostCase(
+        "gpt", "esper.hosts", "`GPT`", _own("gpt"), _pairs, network="host",
+        grows={"parallel": TOKENS, "bypass": ("shortcut", "widen"), "stack": ("stack",)},
+        fit=("stack:blocks.0", "stack"),
+        left_alone={"tokens": "of type nn.Embedding"}, as_graph=(*TOKENS, "shortcut", "widen", "stack"),
+    ),
 )  # fmt: skip
 """All hosts of the suite."""
 
