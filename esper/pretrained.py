@@ -11,8 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,9 @@ from esper.kasmina.example import Example, kept_example
 from esper.kasmina.export.draft import Draft
 from esper.kasmina.export.folding import Expected, folded_draft
 from esper.kasmina.export.graph import needs_esper
-from esper.kasmina.export.own_config import Recipe, UnfitError, changed_fields, fitted_config
+from esper.kasmina.export.own_config import UnfitError, changed_fields, fitted_config
+from esper.kasmina.export.own_kind import rebuilt
+from esper.kasmina.export.report import PretrainedReport
 from esper.kasmina.export.verify import check_batches
 from esper.kasmina.structure import all_seeds
 from esper.kasmina.trace import preserved
@@ -39,44 +39,7 @@ _log = logging.getLogger(__name__)
 _INSTEAD = "esper.export keeps such seeds as branches beside the host's layers"
 
 
-@dataclass(frozen=True)
-class PretrainedReport:
-    """What an export to the host's own kind did.
-
-    Attributes:
-        kind: Name of the class.
-        changed: Fields of the config that growth changed: name -> (before, after).
-        folded: Seeds that are now part of the model's layers and blocks.
-        left_out: Seeds that did not act on the outputs yet (germinated or in isolated training).
-        num_parameters: Of the exported model, tied ones counted once.
-        max_difference: Largest absolute difference of any output on the example.
-        notes: What else is worth knowing.
-        options: What ``from_pretrained`` has to be given beside the folder, as the grown model's constructor was.
-    """
-
-    kind: str
-    changed: dict[str, tuple[Any, Any]]
-    folded: tuple[str, ...]
-    left_out: tuple[str, ...]
-    num_parameters: int
-    max_difference: float
-    notes: tuple[str, ...] = ()
-    options: dict[str, bool] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        grown = ", ".join(f"{name} {_shown(a)} -> {_shown(b)}" for name, (a, b) in self.changed.items())
-        lines = [
-            f"{self.kind} with {grown or 'its config unchanged'}; {self.num_parameters:,} parameters, max difference "
-            f"{self.max_difference:.2g}; folded: {', '.join(self.folded) or 'none'}; left out: "
-            f"{', '.join(self.left_out) or 'none'}"
-        ]
-        if self.options:
-            given = ", ".join(f"{name}={value}" for name, value in self.options.items())
-            lines.append(f"  load it by {self.kind}.from_pretrained(folder, {given})")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-def export_pretrained(model: nn.Module, example_input: Any = None) -> PreTrainedModel:
+def export_pretrained(model: nn.Module, example_input: Any = None, *, fill: bool = False) -> PreTrainedModel:
     """Return a grown model of transformers as a larger model of its own class.
 
     ``stack`` seeds become blocks of the host's ``ModuleList`` and count in the config
@@ -93,17 +56,19 @@ def export_pretrained(model: nn.Module, example_input: Any = None) -> PreTrained
         example_input: A tensor, a tuple of positional or a dict of keyword arguments of the
             ``PreTrainedModel``. By default what the model kept when it was traced, else random tokens or
             images of the config's sizes. The result is proved on it.
+        fill: Where blocks were widened unequally, fill the narrower ones up with new units that are silent but
+            can learn (random fan-in, zero fan-out). Otherwise that is an error.
 
     Raises:
         ExportError: The grown model is none of its class any more: the message says which seeds stand in the
             way and what to do. Or the module holds no ``PreTrainedModel``, or several.
         MissingExtraError: ``transformers`` is not installed.
     """
-    return _export(model, example_input)[0]
+    return _export(model, example_input, fill)[0]
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], example_input: Any = None
+    model: nn.Module, folder: str | os.PathLike[str], example_input: Any = None, *, fill: bool = False
 ) -> PretrainedReport:
     """Export ``model`` to its own kind and write it to ``folder``, as ``from_pretrained`` reads it.
 
@@ -113,6 +78,7 @@ def save_pretrained(
         model: See :func:`export_pretrained`.
         folder: Must not exist, or be empty; its parent must exist.
         example_input: See :func:`export_pretrained`.
+        fill: See :func:`export_pretrained`.
 
     Returns:
         What was exported.
@@ -126,7 +92,7 @@ def save_pretrained(
         raise ExportError(f"the parent of the folder {str(folder)!r} does not exist; create it first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"expected {str(folder)!r} to be a new or an empty folder, but it holds something")
-    made, report, expected, example = _export(model, example_input)
+    made, report, expected, example = _export(model, example_input, fill)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         written = Path(place) / "model"
         _log.info("writing %s to %s", report.kind, folder)
@@ -147,7 +113,7 @@ def save_pretrained(
 
 
 def _export(
-    model: nn.Module, example_input: Any
+    model: nn.Module, example_input: Any, fill: bool
 ) -> tuple[PreTrainedModel, PretrainedReport, Expected, Example]:
     host = _pretrained_part(model)
     example = _example(host, example_input)
@@ -155,10 +121,10 @@ def _export(
     if draft.branches:
         raise ExportError(_in_the_way(host, draft))
     try:
-        recipe = fitted_config(draft.model)
+        recipe = fitted_config(draft.model, fill=fill)
     except UnfitError as error:
         raise ExportError(_unequal(host, draft, error)) from error
-    made = _rebuilt(draft.model, recipe)
+    made: Any = rebuilt(draft.model, recipe)
     worst = check_batches(expected, made, example)
     report = PretrainedReport(
         kind=type(made).__name__,
@@ -167,7 +133,12 @@ def _export(
         left_out=tuple(draft.left_out),
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         max_difference=worst,
-        notes=(*draft.notes, *_left_behind(model, host), *_generation_trouble(host, made, example)),
+        notes=(
+            *draft.notes,
+            *_filled(draft.model, made),
+            *_left_behind(model, host),
+            *_generation_trouble(host, made, example),
+        ),
         options=recipe.options,
     )
     _log.info("%s", report)
@@ -272,35 +243,10 @@ def _made_up(host: PreTrainedModel) -> Example:
     return Example((), inputs).like(host)
 
 
-@torch.no_grad()
-def _rebuilt(grown: nn.Module, recipe: Recipe) -> PreTrainedModel:
-    """A model that ``grown``'s class made by ``recipe``, with the weights of ``grown``."""
-    kind: Any = type(grown)
-    source: Any = grown
-    with torch.random.fork_rng(devices=[]):
-        made = kind._from_config(
-            recipe.config,
-            dtype=source.dtype,
-            attn_implementation=source.config._attn_implementation,
-            **recipe.options,
-        )
-    made = made.to(source.device).eval()
-    weights = dict(source.named_parameters())
-    names = [name for name, _ in made.named_parameters()]
-    if set(names) != set(weights):
-        odd = ", ".join(sorted(set(names) ^ set(weights))[:4])
-        raise ExportError(
-            f"a new {kind.__name__} ties other weights than the grown model: {odd}; tie them as the config says, or "
-            f"use esper.export"
-        )
-    for name, parameter in made.named_parameters():
-        parameter.data = weights[name].detach().clone()  # in its own dtype: some layers keep to float32
-        parameter.requires_grad_(weights[name].requires_grad)
-    made.load_state_dict(source.state_dict())  # and what a checkpoint holds besides parameters
-    if getattr(source, "generation_config", None) is not None:
-        made.generation_config = deepcopy(source.generation_config)
-    result: PreTrainedModel = made
-    return result
+def _filled(grown: nn.Module, made: nn.Module) -> list[str]:
+    """A note, if the export has more parameters than the grown model."""
+    more = sum(p.numel() for p in made.parameters()) - sum(p.numel() for p in grown.parameters())
+    return [f"{more:,} parameters of silent units fill up the blocks that were widened less"] if more else []
 
 
 def _left_behind(model: nn.Module, host: nn.Module) -> list[str]:
@@ -372,10 +318,6 @@ def _unequal(host: nn.Module, draft: Draft, error: UnfitError) -> str:
     because = f" In the way: {shown}." if guilty else ""
     return (
         f"this grown {type(host).__name__} is none of its class any more: {error}.{because} To export it as its own "
-        "kind grow all blocks alike (for a width: the same number of units in each), or cull these seeds; "
-        "esper.export takes the model as it is"
+        "kind grow all blocks alike (for a width: the same number of units in each), cull these seeds, or pass "
+        "fill=True, which fills narrower blocks up with silent units; esper.export takes the model as it is"
     )
-
-
-def _shown(value: Any) -> str:
-    return f"[{len(value)} entries]" if isinstance(value, (list, tuple)) else str(value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,43 @@ def test_what_is_none_of_its_kind_is_refused_with_the_seeds_in_the_way(
     assert net.config.to_dict() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "sites", "width"),
+    [
+        ("bert", [BERT.format(0)], ("intermediate_size", 32)),
+        (
+            "vit",
+            ["stack:vit.layers.1", VIT.format(0), VIT.format(1), VIT.format(1)],
+            ("intermediate_size", 40),
+        ),
+    ],
+)
+def test_blocks_widened_unequally_are_filled_up_when_asked(
+    name: str, sites: list[str], width: tuple[str, int], tmp_path: Path
+) -> None:
+    net, _ = grown(name, sites)
+    example = host(name).example()
+    report = save_pretrained(net, tmp_path / "model", fill=True)
+    assert report.changed[width[0]] == (24, width[1])
+    more = report.num_parameters - sum(p.numel() for p in net.parameters())
+    assert more > 0
+    assert f"{more:,} parameters of silent units fill up" in str(report)
+    made = esper.export_pretrained(net, fill=True)
+    torch.testing.assert_close(logits(made, example), logits(net, example), rtol=1e-5, atol=1e-5)
+    before = {n: p.detach().clone() for n, p in made.named_parameters()}
+    for _ in range(2):  # in two steps: fan-out first, for it starts at zero
+        loss = made.train()(**host(name).batches(1)[0]).loss
+        made.zero_grad()
+        loss.backward()
+        torch.optim.SGD(made.parameters(), lr=1.0).step()
+    changed = [
+        (p - before[n]).abs().amax(dim=1 if "fc1" in n or "intermediate" in n else 0)
+        for n, p in made.named_parameters()
+        if p.dim() == 2 and width[1] in p.shape
+    ]
+    assert all(bool((units > 0).all()) for units in changed)
+
+
 def test_seeds_that_do_not_act_yet_are_left_out() -> None:
     net, body = grown("gpt2", ["stack:transformer.h.0"])
     perturb(body.germinate("stack:transformer.h.1", "stack"), "training", 0.0)
@@ -425,6 +464,24 @@ def test_the_command_line_exports_a_checkpoint(
         torch.testing.assert_close(loaded(tokens).logits, module.eval()(tokens), rtol=1e-5, atol=1e-5)
     assert main(command) == 2
     assert "to be a new or an empty folder" in capsys.readouterr().err
+
+
+def test_the_page_on_export_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers is not about the page
+        for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+            exec(compile(snippet, "docs/export.md", "exec"), names)
+    assert "6 blocks grew to 12" in capsys.readouterr().out
+    assert names["again"].config.n_layer == 12
+    assert names["callback"].summary()["seeds_germinated"] == 6
+    tokens = torch.randint(16, (2, 8))
+    expected = logits(names["module"].net, {"input_ids": tokens})
+    torch.testing.assert_close(logits(names["again"], {"input_ids": tokens}), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_built_without_its_pooler_says_how_to_load_it(tmp_path: Path) -> None:

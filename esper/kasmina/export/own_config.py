@@ -57,12 +57,13 @@ class Recipe(NamedTuple):
         return kind(deepcopy(self.config), **self.options)
 
 
-def fitted_config(model: nn.Module) -> Recipe:
+def fitted_config(model: nn.Module, *, fill: bool = False) -> Recipe:
     """Return the recipe by which ``type(model)`` builds a model of ``model``'s names and shapes.
 
     Args:
         model: A plain model that holds its config as ``config``; only its widths and depths may be others
             than the config says.
+        fill: Whether layers may come out wider than they are in ``model``.
 
     Raises:
         UnfitError: There is none: layers that one field sizes have several sizes, or the class never builds
@@ -70,9 +71,11 @@ def fitted_config(model: nn.Module) -> Recipe:
         ExportError: The class cannot be built from its own config.
     """
     recipe = Recipe(read_back(model.config), {})
-    wrong = _mismatches(model, recipe)
+    wrong = _mismatches(model, recipe, fill)
     while wrong:
-        trials = [(field, trial, _try(model, trial)) for field, trial in _trials(type(model), recipe, wrong)]
+        trials = [
+            (field, trial, _try(model, trial, fill)) for field, trial in _trials(type(model), recipe, wrong)
+        ]
         fitting = [(trial, left) for _, trial, left in trials if left is not None and set(left) < set(wrong)]
         if not fitting:
             raise _unfit(wrong, [(field, left) for field, _, left in trials if left is not None])
@@ -116,7 +119,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | int]:
     return shapes | lists
 
 
-def _mismatches(model: nn.Module, recipe: Recipe) -> dict[str, Mismatch]:
+def _mismatches(model: nn.Module, recipe: Recipe, fill: bool) -> dict[str, Mismatch]:
     """What is not as ``model`` has it when its class is built by ``recipe``; lists of blocks first."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -129,14 +132,21 @@ def _mismatches(model: nn.Module, recipe: Recipe) -> dict[str, Mismatch]:
     found = {
         name: Mismatch(built.get(name), grown.get(name))
         for name in (*grown, *(name for name in built if name not in grown))
-        if built.get(name) != grown.get(name)
+        if built.get(name) != grown.get(name) and not (fill and _holds(built.get(name), grown.get(name)))
     }
     return dict(sorted(found.items(), key=lambda item: not isinstance(item[1].grown, int)))
 
 
-def _try(model: nn.Module, recipe: Recipe) -> dict[str, Mismatch] | None:
+def _holds(built: tuple[int, ...] | int | None, grown: tuple[int, ...] | int | None) -> bool:
+    """Whether a tensor of shape ``built`` has room for one of shape ``grown``."""
+    if not (isinstance(built, tuple) and isinstance(grown, tuple)) or len(built) != len(grown):
+        return False
+    return all(room >= size for room, size in zip(built, grown, strict=True))
+
+
+def _try(model: nn.Module, recipe: Recipe, fill: bool) -> dict[str, Mismatch] | None:
     try:
-        return _mismatches(model, recipe)
+        return _mismatches(model, recipe, fill)
     except ExportError:
         return None  # a value that this class does not take
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["ExportReport", "Route"]
+__all__ = ["ExportReport", "PretrainedReport", "Route"]
 
 Route = Literal["modules", "graph", "program"]
 
@@ -43,3 +43,44 @@ class ExportReport:
             f"branches: {listed(self.branches)}; left out: {listed(self.left_out)}"
         ]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class PretrainedReport:
+    """What an export to the host's own kind did.
+
+    Attributes:
+        kind: Name of the class.
+        changed: Fields of the config that growth changed: name -> (before, after).
+        folded: Seeds that are now part of the model's layers and blocks.
+        left_out: Seeds that did not act on the outputs yet (germinated or in isolated training).
+        num_parameters: Of the exported model, tied ones counted once.
+        max_difference: Largest absolute difference of any output on the example.
+        notes: What else is worth knowing.
+        options: What ``from_pretrained`` has to be given beside the folder, as the grown model's constructor was.
+    """
+
+    kind: str
+    changed: dict[str, tuple[Any, Any]]
+    folded: tuple[str, ...]
+    left_out: tuple[str, ...]
+    num_parameters: int
+    max_difference: float
+    notes: tuple[str, ...] = ()
+    options: dict[str, bool] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        grown = ", ".join(f"{name} {_shown(a)} -> {_shown(b)}" for name, (a, b) in self.changed.items())
+        lines = [
+            f"{self.kind} with {grown or 'its config unchanged'}; {self.num_parameters:,} parameters, max difference "
+            f"{self.max_difference:.2g}; folded: {', '.join(self.folded) or 'none'}; left out: "
+            f"{', '.join(self.left_out) or 'none'}"
+        ]
+        if self.options:
+            given = ", ".join(f"{name}={value}" for name, value in self.options.items())
+            lines.append(f"  load it by {self.kind}.from_pretrained(folder, {given})")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _shown(value: Any) -> str:
+    return f"[{len(value)} entries]" if isinstance(value, (list, tuple)) else str(value)
