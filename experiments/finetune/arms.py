@@ -46,8 +46,9 @@ ESPER = {
     "expressivity": [
         "policy=expressivity", "policy.window=[0,0.5]", "policy.options.num_events=2", "policy.options.start=0",
         "policy.options.end=0.1", "policy.options.min_tokens_per_parameter=0",
-        "kasmina.probes.decision_interval=0.02",
+        "kasmina.budget.max_scoring_fraction=1.0", "kasmina.probes.decision_interval=0.02",
     ],
+    "dimensions": ["policy=dimensions", "policy.window=[0,0.5]", "policy.options.start=0", "policy.options.end=0.1"],
 }  # fmt: skip
 PEFT = ("LoRA", "AdaLoRA")
 
