@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from torch.nn.parameter import is_lazy
 
 from esper.messages import Command, Event, RunRecord
 from esper.oona import CommandInbox, Publisher
@@ -82,7 +83,7 @@ class Records:
             "policy": self._config.policy,
             "seed": self._config.seed,
             "torch": str(torch.__version__),
-            "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters()),
+            "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters() if not is_lazy(p)),
         }
         if event == "resume" and self._undone is not None:
             facts["events_undone"] = self._undone
