@@ -6,9 +6,7 @@ import hashlib
 import io
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from esper.atomic import replacing
 from esper.errors import ExportError, MissingExtraError
 from esper.kasmina.example import Example, kept_example
 from esper.kasmina.export.exporter import export_with_report
@@ -61,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], example_input: Any = No
     plain, report = export_with_report(model, example)
     if path.suffix != ".safetensors":
         forgo_cache(plain)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         FORMATS[path.suffix](plain, temporary, example, report)
     return report
 
@@ -74,22 +73,6 @@ def digest(tensors: dict[str, Tensor]) -> str:
         result.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         result.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place if the block succeeds, and goes if it does not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_program(plain: nn.Module, path: Path, example: Example | None, report: ExportReport) -> None:
