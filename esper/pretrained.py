@@ -125,10 +125,18 @@ def _export(
     except UnfitError as error:
         raise ExportError(_unequal(host, draft, error)) from error
     made: Any = rebuilt(draft.model, recipe)
-    worst = check_batches(expected, made, example)
+    changed = changed_fields(host.config, recipe.config)
+    try:
+        worst = check_batches(expected, made, example)
+    except ExportError as error:
+        raise ExportError(
+            f"{error}: a {type(host).__name__} built with {', '.join(changed) or 'its config'} as grown computes "
+            "something else from the same weights. A block's number may enter its computation (as with "
+            "scale_attn_by_inverse_layer_idx, or where even and odd blocks differ); use esper.export"
+        ) from error
     report = PretrainedReport(
         kind=type(made).__name__,
-        changed=changed_fields(host.config, recipe.config),
+        changed=changed,
         folded=tuple(draft.folded),
         left_out=tuple(draft.left_out),
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),

@@ -208,6 +208,53 @@ def test_what_the_class_cannot_generate_is_noted(tmp_path: Path) -> None:
     assert save_pretrained(net, tmp_path / "other").notes == ()
 
 
+def test_a_model_of_models_grows_in_one_of_them(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": V, "max_position_embeddings": 16, "eos_token_id": 1}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    net = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    example = {"input_ids": torch.randint(2, V, (2, 8)), "pixel_values": torch.randn(2, 3, 8, 8)}
+    perturb(esper.attach(net, example).germinate("stack:vision_model.encoder.layers.1", "stack"))
+    report = save_pretrained(net, tmp_path / "model")
+    assert report.changed == {"vision_config.num_hidden_layers": (2, 3)}
+
+
+def test_stages_of_blocks_are_counted_in_their_list(tmp_path: Path) -> None:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4
+    )
+    net = SwinForImageClassification(config)
+    perturb(
+        esper.attach(net, torch.randn(2, 3, 16, 16)).germinate(
+            "stack:swin.encoder.layers.1.blocks.1", "stack"
+        )
+    )
+    assert save_pretrained(net, tmp_path / "model").changed == {"depths": ([2, 2], [2, 3])}
+
+
+def test_a_block_whose_number_counts_is_refused_with_that_reason() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    net = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V, n_positions=16, n_embd=16, n_layer=2, n_head=2, scale_attn_by_inverse_layer_idx=True
+        )
+    )
+    perturb(esper.attach(net, torch.randint(V, (2, 6))).germinate("stack:transformer.h.0", "stack"))
+    with pytest.raises(
+        ExportError, match=r"(?s)outputs differ.*built with n_layer as grown.*number may enter"
+    ):
+        esper.export_pretrained(net)
+    assert export_with_report(net)[1].folded == ("s1",)
+
+
 def test_dtype_ties_flags_and_generation_config_are_kept() -> None:
     net, _ = grown("gpt2", ["stack:transformer.h.0"], torch.bfloat16)
     net.generation_config.max_new_tokens = 3

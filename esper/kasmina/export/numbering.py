@@ -72,6 +72,11 @@ def deepen_configs(model: nn.Module, container: str, position: int, count: int) 
         position: Where the new block stands; it repeats the entries of the block before it.
         count: Blocks that there were before.
     """
+    path = container.split(".")
+    if any(
+        isinstance(model.get_submodule(".".join(path[:end])), nn.ModuleList) for end in range(1, len(path))
+    ):
+        return  # one of several lists, as in the stages of a Swin: the plain fields count the stages
     owners = _owners(model, container)
     configs = {id(config): config for config in owners}
     for number, config in enumerate(configs.values()):

@@ -100,12 +100,19 @@ def read_back(config: Any) -> Any:
 
 def changed_fields(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Fields in which two configs differ, with both values."""
-    old, new = before.to_dict(), after.to_dict()
-    return {
-        name: (old.get(name), value)
-        for name, value in new.items()
-        if name not in _UNIMPORTANT and old.get(name) != value
-    }
+    old, new = (dict(_flat(config.to_dict())) for config in (before, after))
+    return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields, those of configs inside too, as ``text_config.num_hidden_layers``."""
+    for name, value in fields.items():
+        if name in _UNIMPORTANT:
+            continue
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | int]:
@@ -172,23 +179,45 @@ def _trials(
         for path, value in _fields(config):
             if (value == old and type(value) is int) or (value is None and path[-1] in _WIDTHS):
                 changed: Any = new
-            elif type(value) is float and "ratio" in path[-1]:  # a width in units of another one
-                changed = value * new / old
+            elif "ratio" in str(path[-1]) and type(value) in (int, float):  # a width in units of another one
+                changed = type(value)(value * new / old) if value * new % old == 0 else value * new / old
             else:
                 continue
             trial = deepcopy(config)
-            owner = trial
-            for name in path[:-1]:
-                owner = getattr(owner, name)
-            setattr(owner, path[-1], changed)
-            yield ".".join(path), recipe._replace(config=trial)
+            try:
+                _set(trial, path, changed)
+            except Exception:  # configs check what they are given, each in its own way
+                continue
+            yield ".".join(map(str, path)), recipe._replace(config=trial)
 
 
-def _fields(config: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """All fields of a config and of those inside it; those that usually hold widths first."""
-    found: list[tuple[tuple[str, ...], Any]] = []
+def _set(config: Any, path: tuple[str | int, ...], value: Any) -> None:
+    """Set a field, or one entry of a field that is a list."""
+    *names, last = path
+    if isinstance(last, int):
+        entries = list(_get(config, names))
+        entries[last] = value
+        *names, last = names
+        value = entries
+    setattr(_get(config, names), str(last), value)
+
+
+def _get(config: Any, names: list[str | int]) -> Any:
+    for name in names:
+        config = getattr(config, str(name))
+    return config
+
+
+def _fields(config: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
+    """All fields of a config and of those inside it, and entries of lists; usual widths first."""
+    found: list[tuple[tuple[str | int, ...], Any]] = []
     for name, value in vars(config).items():
-        found += _fields(value, (*path, name)) if is_config(value) else [((*path, name), value)]
+        if is_config(value):
+            found += _fields(value, (*path, name))
+        elif isinstance(value, (list, tuple)) and all(type(entry) is int for entry in value):
+            found += [((*path, name, index), entry) for index, entry in enumerate(value)]
+        else:
+            found.append(((*path, name), value))
     return sorted(found, key=lambda item: item[0][-1] not in _WIDTHS)
 
 
