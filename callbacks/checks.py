@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from esper.callbacks.strategies import strategy_conflicts
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import refusal, unwrap
+from esper.tamiyo.config import TamiyoConfig
 
 __all__ = [
     "Conflict",
@@ -176,6 +177,14 @@ def _manual_optimization(setup: Setup) -> Iterator[Conflict]:
             "a training step would train while it is measured",
             "return the loss from validation_step",
         )
+    growers = [c for c in setup.callbacks if isinstance(c, setup.callback_type)]
+    if not setup.module.automatic_optimization and any(_isolates(grower) for grower in growers):
+        yield Conflict(
+            "isolated seeds under manual optimization",
+            "self.clip_gradients by norm counts their gradients with the host's",
+            "clip by value, or leave lifecycle.mode at 'direct'",
+            kind="warning",
+        )
 
 
 def _pruning(setup: Setup) -> Iterator[Conflict]:
@@ -187,6 +196,11 @@ def _pruning(setup: Setup) -> Iterator[Conflict]:
                 "checkpoints know",
                 "grow first, then prune the exported network (esper.export) in a fit without growth",
             )
+
+
+def _isolates(grower: L.Callback) -> bool:
+    config: TamiyoConfig = grower.config  # type: ignore[attr-defined]
+    return config.lifecycle.mode == "isolated"
 
 
 SUBJECTS: tuple[Callable[[Setup], Iterable[Conflict]], ...] = (

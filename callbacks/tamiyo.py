@@ -25,6 +25,7 @@ from esper.callbacks.guards import Guards
 from esper.callbacks.hooks import HookSwitch
 from esper.callbacks.lightning_run import LightningRun, batch_size
 from esper.callbacks.loaders import generator_states, resume_loaders, warn_of_lost_places
+from esper.callbacks.networks import keep_apart
 from esper.callbacks.random_state import random_state, set_random_state
 from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
@@ -525,6 +526,7 @@ class TamiyoCallback(L.Callback):
             self._body.measure_layout(lambda part: run.loss(part, 0, moved=True), run.last_batch)
         if run.held_out():
             self._body.check_evaluation(run.held_out()[0])
+        keep_apart(self._body, run.optimizers)
         run.check_alike(self.config, [site.name for site in self._body.sites])
         self._evaluated = True
 
