@@ -10,7 +10,7 @@ from torch import nn
 from esper.kasmina.activations import is_activation
 from esper.kasmina.blueprints import fitting
 from esper.kasmina.linear_like import features
-from esper.kasmina.reasons import why_not_stacked
+from esper.kasmina.reasons import BlockLists
 from esper.kasmina.sites import BuildContext, Site, site_name
 from esper.kasmina.topology import LayerInfo, ModelTopology
 
@@ -54,8 +54,9 @@ def find_sites(model: nn.Module, topology: ModelTopology) -> list[Site]:
     for site in _long_bypasses(model, topology, usable):
         known = candidates.get(site.name)
         _add(candidates, structs.replace(known, long=True) if known else site)
+    blocks = BlockLists(model)
     for layer in usable.values():
-        if layer.output_projections and why_not_stacked(model, layer) is None:
+        if layer.output_projections and blocks.why_not_stacked(layer) is None:
             _add(candidates, _site("stack", layer, layer))
     together = [
         site

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from msgspec import structs
 from torch import nn
 
 from esper.kasmina.blueprints.registry import Cost, cost, get_blueprint
 from esper.kasmina.find_sites import context_of
 from esper.kasmina.layer import SEEDS, base_class
-from esper.kasmina.sites import BuildContext, Site
+from esper.kasmina.sites import Site
 from esper.kasmina.topology import ModelTopology
 
 __all__ = ["Prices"]
@@ -33,7 +34,8 @@ class Prices:
         self._model, self._topology = model, topology
         self._of_place: dict[tuple[str, str, int], Cost] = {}
         self._of_kind: dict[Hashable, Cost] = {}
-        self._kinds: dict[str, Hashable] = {}
+        self._kinds: dict[str, int] = {}
+        self._numbers: dict[Hashable, int] = {}
 
     def of(self, site: Site, blueprint: str, size: int) -> Cost:
         """Parameters, and forward FLOPs a sample, of a seed before it is built.
@@ -44,26 +46,29 @@ class Prices:
         place = (site.name, blueprint, size)
         if place not in self._of_place:
             entry = get_blueprint(blueprint)
-            context = context_of(self._model, self._topology, site)
             if not entry.build.__module__.startswith(_OWN):
+                context = context_of(self._model, self._topology, site)
                 self._of_place[place] = cost(entry, context, size)  # may depend on anything, names included
             else:
-                kind = (self._kind(context), blueprint, size)
+                kind = (self._kind(site), blueprint, size)
                 if kind not in self._of_kind:
+                    context = context_of(self._model, self._topology, site)
                     self._of_kind[kind] = cost(entry, context, size)
                 self._of_place[place] = self._of_kind[kind]
         return self._of_place[place]
 
-    def _kind(self, context: BuildContext) -> Hashable:
-        """Everything about a place that Esper's own blueprints look at."""
-        site = context.site
+    def _kind(self, site: Site) -> int:
+        """A number for everything about a place that Esper's own blueprints look at."""
         if site.name not in self._kinds:
-            self._kinds[site.name] = (
-                *(site.kind, site.source_shape, site.target_shape, site.ops, site.functional, site.image),
+            context = context_of(self._model, self._topology, site)
+            described = (
+                structs.replace(site, name="", source="", target="", through=("",) * len(site.through)),
                 context.output_projections,
                 _geometry(context.source_layer),
                 _geometry(context.target_layer),
             )
+            # By number, because to hash a description takes longer than to look a price up.
+            self._kinds[site.name] = self._numbers.setdefault(described, len(self._numbers))
         return self._kinds[site.name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -10,7 +11,7 @@ from esper.kasmina.layer import SEEDS, base_class
 from esper.kasmina.sites import Site
 from esper.kasmina.topology import LayerInfo, ModelTopology
 
-__all__ = ["why_no_site", "why_not_stacked"]
+__all__ = ["BlockLists", "why_no_site"]
 
 _SHOWN = 3
 
@@ -26,13 +27,13 @@ def why_no_site(model: nn.Module, topology: ModelTopology, sites: Iterable[Site]
     Returns:
         Layer name -> what it is, as the end of a sentence "... was refused, because it is".
     """
-    targets = {site.target for site in sites}
+    targets, blocks = {site.target for site in sites}, BlockLists(model)
     reasons = {}
     for layer in topology.layers:
         if layer.name in targets or layer.name in topology.refused:
             continue
         if layer.block:
-            reason = why_not_stacked(model, layer) if layer.output_projections else None
+            reason = blocks.why_not_stacked(layer) if layer.output_projections else None
         elif f"{layer.name}.out_proj" in targets:
             continue
         else:
@@ -52,7 +53,9 @@ def _never_called(model: nn.Module, topology: ModelTopology) -> dict[str, str]:
             continue
         parts = name.split(".")
         if not any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1)):
-            found[name] = "never called as a module in training: its parameters are used elsewhere, or not at all"
+            found[name] = (
+                "never called as a module in training: its parameters are used elsewhere, or not at all"
+            )
     return found
 
 
@@ -66,31 +69,43 @@ def _why_not_grown(model: nn.Module, layer: LayerInfo) -> str:
     return f"of type {name}, for which there is no blueprint"
 
 
-def why_not_stacked(model: nn.Module, layer: LayerInfo) -> str | None:
-    """Why no copy of a residual block can run behind it; None where one can.
+class BlockLists:
+    """The lists of blocks in a host; each is looked at once, however many blocks it has."""
 
-    A list of blocks is run in order by its host, which may tell different layers in it apart by their place,
-    and may hand on what one block computes for all.
-    """
-    path, _, _ = layer.name.rpartition(".")
-    container = model.get_submodule(path) if path else model
-    if not isinstance(container, nn.ModuleList):
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[str, tuple[set[type], Counter[str]]] = {}
+
+    def why_not_stacked(self, layer: LayerInfo) -> str | None:
+        """Why no copy of a residual block can run behind it; None where one can.
+
+        A host that hands its blocks more than one value may tell different layers in a list apart by their place,
+        and may hand on what one block computes for all.
+        """
+        if layer.plain_call:
+            return None
+        path, _, _ = layer.name.rpartition(".")
+        container = self._model.get_submodule(path) if path else self._model
+        if not isinstance(container, nn.ModuleList):
+            return None
+        if path not in self._known:
+            blocks = list(container.children())
+            holders = Counter(name for block in blocks for name in _parameter_names(block))
+            self._known[path] = {base_class(block) for block in blocks}, holders
+        kinds, holders = self._known[path]
+        if len(kinds) > 1:
+            return (
+                f"one of several different layers in the list {path!r}, which its host tells apart by their place; "
+                "stack the block around it"
+            )
+        own = _parameter_names(self._model.get_submodule(layer.name))
+        extra = sorted(name for name in own if holders[name] == 1) if len(container) > 1 else []
+        if extra:
+            return (
+                f"unlike the other blocks in {path!r}: it alone holds {', '.join(extra[:_SHOWN])}, and computes with "
+                "it what the others are given; stack one of them"
+            )
         return None
-    block = model.get_submodule(layer.name)
-    others = [child for child in container.children() if child is not block]
-    if any(base_class(other) is not base_class(block) for other in others):
-        return (
-            f"one of several different layers in the list {path!r}, which its host tells apart by their place; stack "
-            "the block around it"
-        )
-    own = _parameter_names(block)
-    extra = sorted(own.difference(*(_parameter_names(other) for other in others))) if others else []
-    if extra:
-        return (
-            f"unlike the other blocks in {path!r}: it alone holds {', '.join(extra[:_SHOWN])}, and computes with it "
-            "what the others are given; stack one of them"
-        )
-    return None
 
 
 def _parameter_names(block: nn.Module) -> set[str]:

@@ -24,6 +24,7 @@ from esper.kasmina.example import keep_example
 from esper.kasmina.flow import DataFlow, Label
 from esper.kasmina.foreign import left_alone
 from esper.kasmina.layer import SEEDS, base_class, primary, replace_primary
+from esper.kasmina.lazy import settle_by_pass
 from esper.kasmina.recompute import current_region, walkable_checkpoints
 from esper.kasmina.topology import Edge, LayerInfo, ModelTopology
 
@@ -67,6 +68,7 @@ class _Call:
         self.module, self.leaf = module, leaf
         self.count = 0
         self.input_rows = self.output_rows = 0
+        self.plain = False  # one value in, one out
         self.input_shape: tuple[int, ...] | None = None
         self.output_shape: tuple[int, ...] | None = None
         self.entry: Any = None  # autograd node of the marked input
@@ -221,6 +223,7 @@ class Tracer:
             if call.count == 1:
                 self._order.append(name)
                 call.region = current_region()
+                call.plain = sum(value is not None for value in (*args, *kwargs.values())) == 1
             key = None if args else next(iter(kwargs), None)
             value: Any = args[0] if args else kwargs.get(key or "")
             if not _markable(value):
@@ -236,6 +239,7 @@ class Tracer:
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             value = primary(output)
+            call.plain = call.plain and value is output
             if not _markable(value):
                 return None
             marked = self._mark(value, Label(name, "out", leaf))
@@ -313,6 +317,7 @@ class Tracer:
             output_shape=shape,
             input_rows=call.input_rows,
             output_rows=call.output_rows,
+            plain_call=call.plain,
             num_parameters=_host_parameters(module),
             flops=0,
             num_calls=call.count,
@@ -345,8 +350,7 @@ def trace(model: nn.Module, forward: Callable[[], Tensor]) -> ModelTopology:
     Returns:
         The topology; modes, buffers, random state and gradients are restored.
     """
-    if any(is_lazy(p) for p in model.parameters()):
-        _materialise(model, forward)
+    settle_by_pass(model, forward)
     with preserved(model):
         model.train()
         with torch.enable_grad(), Tracer(model) as tracer:
@@ -354,24 +358,14 @@ def trace(model: nn.Module, forward: Callable[[], Tensor]) -> ModelTopology:
             return tracer.finish(loss)
 
 
-def _materialise(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """Let lazy layers take their shapes and first weights, as the model's own first pass would."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # statistics of normalisation layers do not move
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore training flags, buffers and the random state when the block ends; compiled code runs eagerly in it."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    # Asked for only where there can be any: a walk over the names of a deep host takes as long as running it.
+    parameters = model.parameters() if torch.cuda.is_initialized() else ()
+    devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     try:
         with eagerly(), torch.random.fork_rng(devices=devices):
             yield
