@@ -18,6 +18,7 @@ class LayerInfo(msgspec.Struct, frozen=True):
     convolutions). ``is_output``: reaches the loss without passing another layer.
     ``reads_input``: fed by the host's float input without passing another layer.
     ``output_projections``: for a residual block, the layers that write to its residual stream.
+    ``plain_call``: it is given one value and gives back one.
     ``region``: which region of gradient checkpointing it is in; 0 outside of all.
     ``input_samples``, ``output_samples``: the dimension that counts samples, None where it is not known,
     and ``input_rows``, ``output_rows`` its size in the traced batch (0: not seen). ``input_lengths``,
@@ -37,6 +38,7 @@ class LayerInfo(msgspec.Struct, frozen=True):
     is_output: bool = False
     reads_input: bool = False
     output_projections: tuple[str, ...] = ()
+    plain_call: bool = False
     region: int = 0
     input_samples: int | None = 0
     output_samples: int | None = 0

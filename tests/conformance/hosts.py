@@ -434,8 +434,9 @@ HOSTS: tuple[HostCase, ...] = (
         fit=("stack:decoder.block.1", "stack"),
         left_alone={
             "encoder.block.0": "it alone holds layer.0.SelfAttention.relative_attention_bias.weight",
-            "decoder.block.1.layer.2": "one of several different layers in the list",
+            "decoder.block.1.layer.1": "one of several different layers in the list",
         },
+        also=(("stack:decoder.block.1", "stack"),),
         generates=True,
     ),
     HostCase(
