@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from esper.callbacks import TamiyoCallback
 from esper.callbacks.distributed import ProcessRanks, wrap_again
 from esper.errors import UnsupportedError
 from esper.hosts import ClassifierModule, DigitsData, MLPConfig, OptimConfig
+from esper.kasmina.loading import GrowableMixin
 from esper.kasmina.structure import all_seeds
 
 WIDE = "bypass:host.layers.0->host.layers.1"
@@ -27,7 +29,7 @@ NEXT = "bypass:host.layers.1->host.layers.2"
 LONG = "bypass:host.layers.0->host.head"
 RANK = "parallel:host.layers.0"
 
-EVENTS = ((0.06, WIDE, "widen", 6), (0.2, LONG, "shortcut", 4), (0.4, RANK, "lowrank", 2))
+EVENTS = ((0.06, WIDE, "widen", 6), (0.2, LONG, "shortcut", 4), (0.3, RANK, "lowrank", 2))
 SGD = {"optimizer": "sgd", "lr": 0.05}
 
 Acts = Mapping[int, Callable[[TamiyoCallback, L.LightningModule], object]]
@@ -111,7 +113,8 @@ def direct(rank: int, folder: Path) -> dict[str, Any]:
             callback.cull("s1")  # nobody listens to rank 1
 
     acts: Acts = {8: switch_off_units, 14: lambda callback, _: callback.cull("s3") if rank == 0 else None}
-    case = Case(folder, acts=acts, governor={"check_interval_steps": 2})
+    apart = {"governor": {"check_interval_steps": 6}, "probes": {"decision_interval": 0.1}}
+    case = Case(folder, acts=acts, **apart)  # the ranks meet after steps 1, 4, 6, 7, 10, 12, 13, 16, ...
     whole = case.run("whole")
     return {"whole": whole, **{f"from{step}": case.run(f"from{step}", _at(folder, step)) for step in (9, 15)}}
 
@@ -420,6 +423,30 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         by_hand, failing_measurement,
     )  # fmt: skip
     return {act.__name__: act(rank, folder / act.__name__) for act in acts}
+
+
+class Growable(GrowableMixin, ClassifierModule):
+    """Loads what it is given, seeds and all."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(MLPConfig(hidden=(16, 4, 12)), OptimConfig())
+
+
+def forked(rank: int, folder: Path) -> dict[str, Any]:
+    """Lightning forks the processes from this one, as in a notebook, and loads the weights back into it."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK"):
+        os.environ.pop(name, None)
+    refused = _error(lambda: fit(_forking(folder / "refused"), mlp(), DigitsData()))
+    module = Growable()
+    saver = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, save_top_k=1)
+    fit(_forking(folder, saver, enable_checkpointing=True), module, DigitsData(batch_size=32))
+    saved = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    return {"refused": refused, "weights": weights(module), "saved": saved, "seeds": len(all_seeds(module))}
+
+
+def _forking(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    return trainer(folder, growing(folder, *EVENTS), *callbacks, strategy="ddp_fork", devices=2, **options)
 
 
 def talk_alone(rank: int, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ended", "launch", "launch_all"]
+__all__ = ["Ended", "launch_all"]
 
 _PRELOADED = ["torch", "lightning.pytorch", "esper.callbacks", "esper.hosts", "runs", "launching"]
 
@@ -32,21 +32,19 @@ class Ended:
         self.result, self.error, self.exit_code = result, error, exit_code
 
 
-def launch(
-    act: Callable[[int, Path], Any], folder: Path, *, size: int = 2, timeout_s: float = 120
-) -> list[Ended]:
-    """Run ``act(rank, folder)`` in ``size`` processes; those that hang are killed when the time is over."""
-    return launch_all([(act, folder)], size=size, timeout_s=timeout_s)[0]
-
-
 def launch_all(
-    jobs: list[tuple[Callable[[int, Path], Any], Path]], *, size: int = 2, timeout_s: float = 120
+    jobs: list[tuple[Callable[[int, Path], Any], Path, int]], *, timeout_s: float
 ) -> list[list[Ended]]:
-    """Several launches side by side."""
+    """Run each job's ``act(rank, folder)`` in so many processes, all jobs side by side.
+
+    Args:
+        jobs: What to run, a folder for it, and its number of processes.
+        timeout_s: Those that hang are killed then.
+    """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     groups = []
-    for act, folder in jobs:
+    for act, folder, size in jobs:
         folder.mkdir(parents=True, exist_ok=True)
         port = _free_port()
         group = [context.Process(target=_run, args=(act, rank, size, port, folder)) for rank in range(size)]
@@ -61,7 +59,7 @@ def launch_all(
             process.join()
     return [
         [_ended(folder / f"rank{rank}.pt", process.exitcode) for rank, process in enumerate(group)]
-        for (_, folder), group in zip(jobs, groups, strict=True)
+        for (_, folder, _), group in zip(jobs, groups, strict=True)
     ]
 
 
