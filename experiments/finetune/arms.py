@@ -48,9 +48,11 @@ ESPER = {
         "policy.options.end=0.1", "policy.options.min_tokens_per_parameter=0",
         "kasmina.budget.max_scoring_fraction=1.0", "kasmina.probes.decision_interval=0.02",
     ],
+    # Young for the whole run, because the multiplier ends with fossilisation.
+    "uniform, slower seeds": ["kasmina.birth_lr_multiplier=0.25", "kasmina.lifecycle.min_holding_steps=400"],
     "dimensions": ["policy=dimensions", "policy.window=[0,0.5]", "policy.options.start=0", "policy.options.end=0.1"],
 }  # fmt: skip
-PEFT = ("LoRA", "AdaLoRA")
+PEFT = ("LoRA", "LoRA, smaller scale", "AdaLoRA")
 
 
 class Clock(L.Callback):
@@ -121,8 +123,10 @@ def adapt(module: ClassifierModule, arm: str, steps: int) -> None:
     """Put PEFT's adapters into the encoder, as PEFT's documentation does it."""
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    if arm == "LoRA":
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LAYERS)
+    if arm.startswith("LoRA"):
+        # A quarter of the scale is about a quarter of the adapters' rate under Adam.
+        scale = 2.0 if arm == "LoRA" else 0.5
+        config = LoraConfig(r=RANK, lora_alpha=scale * RANK, target_modules=LAYERS)
     else:
         config = AdaLoraConfig(
             init_r=RANK, target_r=RANK // 2, lora_alpha=2 * RANK, target_modules=LAYERS, total_step=steps,
