@@ -186,7 +186,7 @@ def test_ctrl_c_waits_until_a_seed_is_registered(tmp_path: Path) -> None:
             assert_registered(runner, module)
         return module
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit):
             run(tmp_path / "one", _Arm(), OnExceptionCheckpoint(tmp_path, "exception"))
