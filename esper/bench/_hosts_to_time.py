@@ -72,6 +72,7 @@ def make_batch(host: HostConfig, batch_size: int, generator: torch.Generator) ->
     if isinstance(host, GPTConfig):
         tokens = torch.randint(host.vocab_size, (batch_size, host.context + 1), generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
+    assert isinstance(host, (MLPConfig, CNNConfig)), "no other host is timed here"
     shape = (host.in_features,) if isinstance(host, MLPConfig) else (host.in_channels, 28, 28)
     x = torch.randn((batch_size, *shape), generator=generator)
     return x, torch.randint(host.num_classes, (batch_size,), generator=generator)
