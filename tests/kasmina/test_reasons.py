@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import esper
 from esper.errors import GrowthError
 
+MASK = torch.ones(1)
+
 
 class Block(nn.Module):
     """``x + down(relu(up(x)))``, with a table of its own or without."""
@@ -28,7 +30,7 @@ class Wide(Block):
 
 
 class Host(nn.Module):
-    def __init__(self, *blocks: nn.Module, mask: Tensor | None = torch.ones(1)) -> None:
+    def __init__(self, *blocks: nn.Module, mask: Tensor | None = MASK) -> None:
         super().__init__()
         self.mask = mask
         self.blocks = nn.ModuleList(blocks)

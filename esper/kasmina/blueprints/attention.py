@@ -83,7 +83,7 @@ def _reason(context: BuildContext) -> str | None:
             f"its output should be a feature map or a sequence of vectors, but has shape {site.target_shape}"
         )
     if site.target_samples is None:
-        return "it is not known which dimension of its output counts samples, so tokens of different ones might be mixed"
+        return "it is not known which dimension of its output counts samples, so it might mix different ones"
     if site.target_shape[0] < 2:
         return "a sequence of one token has nothing to attend to"
     if site.target_shape[1] < 2:
