@@ -1,4 +1,4 @@
-"""How many optimizer steps a fit will take, where Lightning's own estimate leaves a callback out."""
+"""How many optimizer steps a fit will take, where Lightning's own estimate leaves something out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ __all__ = ["estimated_steps"]
 def estimated_steps(trainer: L.Trainer) -> float:
     """Optimizer steps of the whole run; infinite, or negative, where the trainer knows no end.
 
-    Lightning's estimate (2.6) accumulates as many batches in every epoch as in the current one, and counts the
-    epoch without steps in which stochastic weight averaging renews the statistics of BatchNorm layers.
+    Lightning's estimate (2.6) accumulates as many batches in every epoch as in the current one, counts the
+    epoch without steps in which stochastic weight averaging renews the statistics of BatchNorm layers, and one
+    step a batch under manual optimization, where the batches so far tell how many it takes.
 
     Args:
         trainer: Fitting; its data are loaded when they have not been.
@@ -25,15 +26,21 @@ def estimated_steps(trainer: L.Trainer) -> float:
     renewing = any(
         isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm for c in callbacks
     )
+    manual = not trainer.lightning_module.automatic_optimization
     batches = trainer.num_training_batches
-    if (accumulation is None and not renewing) or trainer.max_epochs in (None, -1) or math.isinf(batches):
+    if not (accumulation or renewing or manual) or trainer.max_epochs in (None, -1) or math.isinf(batches):
         return steps
     assert trainer.max_epochs is not None
-    epochs = trainer.max_epochs - renewing
-    total = sum(
-        math.ceil(batches / _accumulated(trainer, accumulation, epoch)) for epoch in range(max(epochs, 1))
-    )
+    epochs = max(trainer.max_epochs - renewing, 1)
+    total = sum(math.ceil(batches / _accumulated(trainer, accumulation, epoch)) for epoch in range(epochs))
+    if manual:
+        total = round(total * _steps_a_batch(trainer))
     return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
+def _steps_a_batch(trainer: L.Trainer) -> float:
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return trainer.global_step / batches if batches and trainer.global_step else 1.0
 
 
 def _accumulated(trainer: L.Trainer, accumulation: GradientAccumulationScheduler | None, epoch: int) -> int:

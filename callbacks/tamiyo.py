@@ -466,15 +466,18 @@ class TamiyoCallback(L.Callback):
 
     def _safe_point(self, trainer: L.Trainer, step: int) -> None:
         """Do what is due between two optimizer steps, and find out when the next thing will be."""
-        controller, body = self._controller, self._body
+        controller, body, run = self._controller, self._body, self._run
         assert controller is not None
         assert body is not None
+        assert run is not None
         self._check_evaluation()
         self._tell_sites(trainer)
         self._finish_probe(trainer)
         for decision in self._requests:
             controller.request(decision)
         self._requests.clear()
+        if not run.module.automatic_optimization:
+            controller.follow_length(run.total_steps)
         controller.safe_point(step, trainer.current_epoch)
         if self._averages is not None:
             self._averages.follow()

@@ -105,6 +105,10 @@ class Controller:
         """Ask for ``decision`` at the next safe point; it is vetted like any other."""
         self.pending.append(decision)
 
+    def follow_length(self, total_steps: int) -> None:
+        """Plan over another length than was known at the start: how many steps a batch takes shows as they go by."""
+        self._total_steps = total_steps
+
     def safe_point(self, step: int, epoch: int) -> None:
         """Do everything that is due after optimizer step number ``step``.
 

@@ -232,6 +232,8 @@ def test_toggled_networks_grow_each_in_its_own_optimizer(tmp_path):
     fit(runner, module)
     assert sorted(s.site.target for s in all_seeds(module)) == ["generator.2", "judge.2", "judge.2"]
     assert [d.applied for d in decisions(tmp_path, "germinate")] == [True] * 3
+    # 34 batches of two steps: a tenth of the run is over after the fourth batch.
+    assert [d.step for d in decisions(tmp_path, "germinate")] == [8, 14, 22]
     for optimizer, own in zip(runner.optimizers, ("generator", "judge"), strict=True):
         (group,) = optimizer.param_groups
         assert {name.split(".")[0] for name in group["param_names"]} == {own}
