@@ -88,4 +88,8 @@ def stack(context: BuildContext, size: int) -> nn.Module:
         projection = layer.out_proj if isinstance(layer, nn.MultiheadAttention) else layer
         for parameter in projection.parameters(recurse=False):
             nn.init.zeros_(parameter)
+    for module in copy.modules():
+        # The copy runs within its original's checkpointed region: one of its own would be recomputed twice.
+        if module.__dict__.get("gradient_checkpointing") is True:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
     return copy
