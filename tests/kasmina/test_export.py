@@ -579,3 +579,56 @@ def test_the_model_keeps_its_mode_seeds_and_gradients() -> None:
     assert model.training
     assert len(all_seeds(model)) == 2
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+
+
+class Counted(nn.Module):
+    """Twelve layers, and a count of the runs of all copies."""
+
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.runs += 1
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_many_adapters_cost_as_many_runs_as_two() -> None:
+    runs = []
+    for count in (2, 12):
+        model = Counted()
+        grown(model, vectors(), [(f"parallel:layers.{n}", "lowrank") for n in range(count)])
+        Counted.runs = 0
+        assert len(export_with_report(model)[1].folded) == count
+        runs.append(Counted.runs)
+    assert runs[0] == runs[1]
+
+
+class HalfIndexed(Indexed):
+    """Runs further blocks in a loop before those that it reaches by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleList(Residual() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.more:
+            x = block(x)
+        return super().forward(x)
+
+
+def test_one_fold_that_does_not_hold_leaves_the_others() -> None:
+    model = HalfIndexed()
+    grown(
+        model, vectors(), [("stack:more.0", "stack"), ("stack:blocks.1", "stack"), ("stack:more.1", "stack")]
+    )
+    plain, report = export_with_report(model)
+    assert sorted(report.folded) == ["s1", "s3"]
+    assert report.branches == ("s2",)
+    assert len(plain.more) == 4
+    assert "calls the inserted block 0 times" in str(report)
+    torch.testing.assert_close(evaluate(plain, vectors()), evaluate(model, vectors()), rtol=1e-5, atol=1e-5)

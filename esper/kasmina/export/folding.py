@@ -16,6 +16,7 @@ from esper.kasmina.body import mean_output
 from esper.kasmina.example import Example
 from esper.kasmina.export.draft import Branch, Draft, copy_model
 from esper.kasmina.export.fold import (
+    containers_of,
     is_widening,
     merge_low_rank,
     stack_block,
@@ -57,21 +58,18 @@ def folded_draft(model: nn.Module, example: Example | None) -> tuple[Draft, Expe
     def expected(varied: Example) -> list[Tensor]:
         return outputs_of(original, varied)
 
-    return _fold(draft, example, expected), expected
+    wanted = None if example is None else expected(example)
+    return _fold(draft, example, wanted), expected
 
 
-def _fold(draft: Draft, example: Example | None, expected: Expected) -> Draft:
-    for branch in list(draft.branches):
-        if hasattr(branch.module, "delta_weight"):
-            draft = _attempt(draft, [branch.seed_id], lambda t, b: merge_low_rank(t, b[0]), example, expected)
-    for branch in reversed(list(draft.branches)):  # the last one at a block first: all go right behind it
-        if branch.reads == "block":
-            draft = _attempt(
-                draft, [branch.seed_id], lambda t, b: _stack(t, b[0], example), example, expected
-            )
-    for group in widening_groups(draft, _chains(draft, example)):
-        ids = [branch.seed_id for branch in group]
-        draft = _attempt(draft, ids, lambda t, b: widen_layers(t, b), example, expected)
+def _fold(draft: Draft, example: Example | None, wanted: list[Tensor] | None) -> Draft:
+    low_rank = [[branch.seed_id] for branch in draft.branches if hasattr(branch.module, "delta_weight")]
+    draft = _fold_all(draft, low_rank, lambda t, b: merge_low_rank(t, b[0]), example, wanted)
+    # The last one at a block first: all go right behind it.
+    blocks = [[branch.seed_id] for branch in reversed(draft.branches) if branch.reads == "block"]
+    draft = _fold_all(draft, blocks, lambda t, b: _stack(t, b[0], example), example, wanted)
+    wider = [[b.seed_id for b in group] for group in widening_groups(draft, _chains(draft, example))]
+    draft = _fold_all(draft, wider, widen_layers, example, wanted)
     for branch in draft.branches:
         if branch.functional:
             raise ExportError(
@@ -81,60 +79,82 @@ def _fold(draft: Draft, example: Example | None, expected: Expected) -> Draft:
     return draft
 
 
-def _attempt(
+def _fold_all(
     draft: Draft,
-    ids: list[str],
+    groups: list[list[str]],
     fold: Callable[[Draft, list[Branch]], str | None],
     example: Example | None,
-    expected: Expected,
+    wanted: list[Tensor] | None,
 ) -> Draft:
-    """Fold the branches ``ids`` in a copy of ``draft``; return the copy, or ``draft`` with the reason noted."""
-    trial = deepcopy(draft)
-    reason = fold(trial, [branch for branch in trial.branches if branch.seed_id in ids])
-    if reason is None and example is not None:
-        wanted = expected(example)
-        try:
-            with trial.running() as model:
-                gap = difference(wanted, outputs_of(model, example))
-        except Exception as error:  # a host that looks at its layers may raise anything
-            reason = f"the model fails with it: {type(error).__name__}: {error}"
+    """Fold each of ``groups`` of seeds that can be; all in one copy of the draft if that holds, else one by one.
+
+    Copies and runs cost as much as the model is large, and adapters may stand at every layer of it.
+
+    Args:
+        draft: Not changed but for notes.
+        groups: Seeds that have to be folded in one go.
+        fold: Folds one group; returns why it cannot, without having changed anything.
+        example: What the result is tried on.
+        wanted: Its outputs.
+    """
+    together, fault = _attempt(draft, groups, fold, example, wanted)
+    if fault is None:
+        return together
+    for ids in groups:
+        trial, fault = _attempt(draft, [ids], fold, example, wanted) if len(groups) > 1 else (together, fault)
+        if fault is None:
+            draft = trial
         else:
-            if gap > tolerance(wanted):
-                reason = f"outputs would differ by {gap:.3g}"
-    if reason is None:
-        return trial
-    draft.keep(ids, reason)
+            draft.keep(ids, fault)
     return draft
 
 
-def _stack(draft: Draft, branch: Branch, example: Example | None) -> str | None:
-    """Stack, and make sure that the host really runs through the container."""
-    reason = stack_block(draft, branch)
-    if reason is not None:
-        return reason
-    if example is None:
-        parents = [m for m in draft.model.modules() if any(child is branch.module for child in m.children())]
-        iterated = all(isinstance(parent, nn.Sequential) for parent in parents)
-        return (
-            None
-            if iterated
-            else "without an example it is not known whether the host runs its blocks in a loop"
-        )
-    calls = 0
+def _attempt(
+    draft: Draft,
+    groups: list[list[str]],
+    fold: Callable[[Draft, list[Branch]], str | None],
+    example: Example | None,
+    wanted: list[Tensor] | None,
+) -> tuple[Draft, str | None]:
+    """Fold ``groups`` in a copy of ``draft``, and try it; return the copy, and why it does not hold."""
+    if not groups:
+        return draft, None
+    trial = deepcopy(draft)
+    for ids in groups:
+        reason = fold(trial, [branch for branch in trial.branches if branch.seed_id in ids])
+        if reason is not None:
+            trial.keep(ids, reason)
+    return trial, None if example is None or wanted is None else _fault(trial, example, wanted)
 
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
 
-    handle = branch.module.register_forward_hook(count)
+def _fault(trial: Draft, example: Example, wanted: list[Tensor]) -> str | None:
+    """Why the folds in ``trial`` do not hold: other outputs, or blocks that the host does not run in turn."""
+    blocks = [layers[0] for layers in trial.layers.values() if len(layers) == 1]
+    calls = dict.fromkeys(map(id, blocks), 0)
+
+    def count(block: nn.Module, *_: Any) -> None:
+        calls[id(block)] += 1
+
+    handles = [block.register_forward_hook(count) for block in blocks]
     try:
-        with draft.running() as model:
-            example.run(model)
-    except Exception as error:  # a host that indexes its blocks may raise anything
-        return f"the model fails with one block more: {type(error).__name__}: {error}"
+        with trial.running() as model:
+            gap = difference(wanted, outputs_of(model, example))
+    except Exception as error:  # a host that looks at its layers, or indexes its blocks, may raise anything
+        return f"the model fails with it: {type(error).__name__}: {error}"
     finally:
-        handle.remove()
-    return None if calls == 1 else f"the host calls the inserted block {calls} times, and not once"
+        for handle in handles:
+            handle.remove()
+    if wrong := [number for number in calls.values() if number != 1]:
+        return f"the host calls the inserted block {wrong[0]} times, and not once"
+    return f"outputs would differ by {gap:.3g}" if gap > tolerance(wanted) else None
+
+
+def _stack(draft: Draft, branch: Branch, example: Example | None) -> str | None:
+    """Stack, where it is known, or can be tried, that the host runs through the container."""
+    lists = [c for c in containers_of(draft.model, branch.target) if isinstance(c, nn.ModuleList)]
+    if example is None and lists:
+        return "without an example it is not known whether the host runs its blocks in a loop"
+    return stack_block(draft, branch)
 
 
 def _chains(draft: Draft, example: Example | None) -> list[Branch]:
