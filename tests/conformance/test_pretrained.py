@@ -517,12 +517,12 @@ def test_the_page_on_export_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "esper/docs/export.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers is not about the page
         for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-            exec(compile(snippet, "docs/export.md", "exec"), names)
+            exec(compile(snippet, "esper/docs/export.md", "exec"), names)
     assert "6 blocks grew to 12" in capsys.readouterr().out
     assert names["again"].config.n_layer == 12
     assert names["callback"].summary()["seeds_germinated"] == 6
