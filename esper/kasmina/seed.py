@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import CheckpointError, GrowthError, LifecycleError
-from esper.kasmina.autograd import guard_gradient, guarded_add, isolate
+from esper.kasmina.autograd import all_finite, guard_gradient, guarded_add, isolate
 from esper.kasmina.cache_place import cache_among, own_place
 from esper.kasmina.layer import Tap, primary, replace_primary
 from esper.kasmina.sites import Site
@@ -326,7 +326,7 @@ class Seed(nn.Module):
         if self.training and torch.is_grad_enabled():
             if torch._C._functorch.peek_interpreter_stack() is None:  # torch.func's transforms count nothing
                 with torch.no_grad():
-                    self.non_finite += ~torch.isfinite(s).all()
+                    self.non_finite += ~all_finite(s)
             if self.observing:
                 self.observed = (s.detach(), host.detach())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from esper.kasmina.autograd import guard_gradient, guarded_add, isolate
+from esper.kasmina.autograd import all_finite, guard_gradient, guarded_add, isolate
 
 NAN, INF = float("nan"), float("inf")
 
@@ -139,3 +141,15 @@ def test_guarded_add_drops_a_broken_contribution_whole(bad):
 def test_guarded_add_keeps_the_host_s_dtype():
     y, s = randn(4, 3).detach().bfloat16(), randn(4, 3, seed=1).detach().bfloat16()
     assert guarded_add(y, s, torch.tensor(0.5)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite_finds_every_nan_and_inf_and_no_large_sum(dtype: torch.dtype) -> None:
+    x = torch.full((300, 400), 60_000.0, dtype=dtype)  # far more than float16 can add up
+    assert bool(all_finite(x))
+    for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [math.nan, math.inf]):
+        y = x.clone()
+        y.view(-1)[[7 * (i + 1) for i in range(len(bad))]] = torch.tensor(bad, dtype=dtype)
+        assert not bool(all_finite(y)), bad
+    assert bool(all_finite(torch.empty(0, dtype=dtype)))
+    assert not all_finite(x.float().requires_grad_(True)).requires_grad
