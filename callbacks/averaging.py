@@ -59,17 +59,20 @@ class Averages:
     def check(self) -> None:
         """Refuse a callback whose average is no copy of the whole module; call it before training.
 
+        A copy that came from no checkpoint gets the seeds of the module, which did.
+
         Raises:
             UnsupportedError: Its average has other layers than the module.
         """
         for callback in self._callbacks:
             copy = averaged_copy(callback)
-            if copy is not None and (different := _difference(self._module, copy)):
+            if copy is not None and (different := _difference(_host(self._module), _host(copy))):
                 raise UnsupportedError(
                     f"growth needs the average of {type(callback).__name__} to be a copy of the module, to grow it "
                     f"along, but they differ in {different}; average the whole LightningModule, as the callback does "
                     "unless its setup is overridden"
                 )
+        self.follow()
 
     def follow(self) -> None:
         """Give every copy the seeds that the module has now; call it after each change, before the next step.
@@ -128,7 +131,7 @@ def _mirror(module: nn.Module, copy: nn.Module) -> None:
     seeds = all_seeds(module)
     conform(copy, [msgspec.structs.replace(seed.state) for seed in seeds])
     _order_seeds(module, copy)
-    if different := _difference(module, copy):
+    if different := _difference(_tensors(module), _tensors(copy)):
         raise GrowthError(
             f"the averaged copy of the module should differ from it in values only, but it does in {different}; "
             "do not change the module's layers during a run that averages weights"
@@ -140,9 +143,8 @@ def _mirror(module: nn.Module, copy: nn.Module) -> None:
             _copy_values(_tensors(seed), _tensors(twins[seed.seed_id]))
 
 
-def _difference(module: nn.Module, copy: nn.Module) -> str:
+def _difference(originals: dict[str, Tensor], averages: dict[str, Tensor]) -> str:
     """What keeps the tensors of two modules from corresponding one by one; empty when nothing does."""
-    originals, averages = _tensors(module), _tensors(copy)
     if different := sorted(originals.keys() ^ averages.keys()):
         return ", ".join(different[:5])
     shapes = [name for name, value in originals.items() if averages[name].shape != value.shape]
@@ -163,6 +165,10 @@ def _order_seeds(module: nn.Module, copy: nn.Module) -> None:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, then buffers, in the order in which averaging callbacks pair them."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _host(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in _tensors(module).items() if SEEDS not in name.split(".")}
 
 
 @torch.no_grad()

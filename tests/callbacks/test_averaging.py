@@ -325,3 +325,18 @@ def test_the_average_of_a_fitted_seed_begins_with_the_fit(tmp_path):
     (seed,) = all_seeds(averaged(ema))
     for name, value in seed.branch.named_parameters():
         assert torch.equal(value, born[name])
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_an_average_may_begin_in_the_middle_of_a_grown_run(kind, tmp_path):
+    """Its copy is made before the checkpoint of a run without it is loaded, and is not in there."""
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=15)
+    fit(trainer(tmp_path, growing(tmp_path, *EVENTS), saver, enable_checkpointing=True, max_steps=15), mlp())
+    average: L.Callback = EMAWeightAveraging(decay=DECAY)
+    if kind == "swa":
+        average = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    module = mlp()
+    look = Congruent(average)
+    fit(trainer(tmp_path, average, growing(tmp_path), look), module, ckpt_path=saver.best_model_path)
+    assert look.seen == {3}
+    assert all(bool(torch.isfinite(x).all()) for x in tensors(module).values())

@@ -284,3 +284,30 @@ def test_a_gradient_scaler_steps_with_the_seed_apart() -> None:
     scaler.update()
     assert host.tolist() == [-3.0, -3.0]
     assert seed.norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_gradients_of_young_seeds_are_finite_before_a_scaler_looks() -> None:
+    model = Host()
+    seed = plant(model.net)
+    with torch.no_grad():
+        seed.branch[0].weight.fill_(float("nan"))
+    seed.enter("blending", 0.5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = StepGuard(optimizer)
+    young = list(seed.parameters())
+    dropped = []
+    for _ in range(2):  # called at every step, hooked once
+        guard.keep_finite(young)
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(model.training_step([torch.randn(5, 6), torch.zeros(5, dtype=torch.long)], 0)).backward()
+        scaler.unscale_(optimizer)
+        found = scaler._found_inf_per_device(optimizer)
+        assert [float(value) for value in found.values()] == [0.0]
+        assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+        dropped.append(guard.num_dropped)
+    assert dropped[1] == 2 * dropped[0] > 0
+    guard.forget(young)
+    young[0].grad = None
+    (young[0].sum() * float("nan")).backward()
+    assert not torch.isfinite(young[0].grad).all()
