@@ -62,11 +62,18 @@ class Example(NamedTuple):
         return Example(args, kwargs)
 
     def like(self, model: nn.Module) -> Example:
-        """The same call on the device of ``model``."""
+        """The same call on the device of ``model``, with tensors that have no gaps in memory.
+
+        ``torch.export`` takes the strides of a slice, such as ``tokens[:, :-1]``, for those of every call.
+        """
         reference = next((p for p in model.parameters()), None)
-        if reference is None:
-            return self
-        return self.map(lambda value: value.to(reference.device) if isinstance(value, Tensor) else value)
+
+        def like(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return (value if reference is None else value.to(reference.device)).contiguous()
+
+        return self.map(like)
 
     def run(self, model: nn.Module) -> Any:
         """Call ``model`` with the arguments, without gradients."""
