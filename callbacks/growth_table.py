@@ -18,6 +18,7 @@ from esper.kasmina.seed import Seed
 
 __all__ = ["GrowthTable"]
 
+_MAX_ROWS = 24
 _HEADER = ("", "Seed", "Where", "Made of", "Params", "Trainable")
 
 
@@ -87,6 +88,8 @@ class GrowthTable:
         gone = [entry for seed_id, entry in known.items() if seed_id not in self._known]
         rows = [entry.cells("+") for entry in new] + [entry.cells("-") for entry in gone]
         if rows:
+            if len(rows) > _MAX_ROWS:  # the totals count all of them
+                rows[_MAX_ROWS:] = [("", f"... and {len(rows) - _MAX_ROWS} more", "", "", "", "")]
             totals = [
                 f"{old:,} -> {now:,} {what}"
                 for what, old, now in zip(
@@ -104,7 +107,8 @@ class GrowthTable:
 
         table = Table(title=title, caption="\n".join(totals), header_style="bold magenta")
         for name in _HEADER:
-            table.add_column(name, justify="right" if name in ("Params", "Trainable") else "left")
+            right = name in ("Params", "Trainable")
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         get_console().print(table)

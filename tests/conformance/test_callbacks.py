@@ -491,3 +491,16 @@ def test_a_run_goes_on_from_the_checkpoint_of_an_exception(when, tmp_path):
     else:  # the batch that was being trained on counts as seen
         assert weights(module).keys() == weights(whole).keys()
         assert [d.step for d in decisions(tmp_path, "germinate")] == [4, 11, 17]
+
+
+def test_a_table_of_many_seeds_is_cut(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    at_once = [(0.1, f"parallel:host.layers.{i}", "lowrank", 1) for i in range(30)]
+    module = mlp(hidden=(6,) * 30)
+    budget = {"max_parameters_ratio": 20.0, "max_seeds_alive": 30, "max_germinations_per_epoch": 30}
+    grower = growing(tmp_path, *at_once, budget=budget)
+    fit(trainer(tmp_path, grower, ModelSummary(), epochs=1, max_steps=4), module)
+    assert len(all_seeds(module)) == 30
+    (text,) = caplog.text.split("Growth at step")[1:]
+    assert text.count("lowrank(1)") == 24
+    assert "... and 6 more" in text
