@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from esper.errors import AttachError
+from esper.kasmina.eager import eagerly
 from esper.kasmina.fast_path import without_fast_path
 from esper.kasmina.layer import primary
 from esper.kasmina.topology import LayerInfo, ModelTopology
@@ -74,7 +75,7 @@ def measure_sample_dims(model: nn.Module, topology: ModelTopology, run: Run, bat
         they are None throughout and ``layout_problem`` says why.
     """
     names = [layer.name for layer in topology.layers if layer.num_calls == 1]
-    with preserved(model), without_fast_path(), torch.no_grad():
+    with eagerly(), preserved(model), without_fast_path(), torch.no_grad():
         model.eval()
         found, problem = None, "the batch holds no tensors"
         for wanted in _sizes(batch):

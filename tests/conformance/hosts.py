@@ -333,6 +333,57 @@ def _graph(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(nodes, 7, generator=generator), edges, _tokens(generator, nodes, high=K)
 
 
+def _graph_classifier() -> L.LightningModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        from torch_geometric.nn import GINConv, global_mean_pool
+
+    class GraphClassifier(nn.Module):
+        """Two GIN layers over the nodes of several graphs, their mean, and a linear head; takes PyG's batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            widths = ((7, 16), (16, 16))
+            self.convs = nn.ModuleList(
+                GINConv(nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, b))) for a, b in widths
+            )
+            self.head = nn.Linear(16, K)
+
+        def forward(self, data: Any) -> Tensor:
+            """Map a batch of graphs to logits (graphs, K)."""
+            x = data.x
+            for conv in self.convs:
+                x = conv(x, data.edge_index).relu()
+            return self.head(global_mean_pool(x, data.batch))
+
+    class GraphModule(Wrapped):
+        """Trains on batches of graphs, as torch-geometric's loader gives them."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            """Return the mean loss of the graphs."""
+            loss = F.cross_entropy(self.net(batch), batch.y)
+            self.log("train_loss", loss, batch_size=1)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            """Return the mean loss of the graphs and log it."""
+            loss = F.cross_entropy(self.net(batch), batch.y)
+            self.log("val_loss", loss, batch_size=1)
+            return loss
+
+    return GraphModule(GraphClassifier())
+
+
+def _graphs(generator: torch.Generator) -> Any:
+    """A torch-geometric ``Batch`` of graphs of different sizes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        from torch_geometric.data import Batch, Data
+
+    drawn = [_graph(generator) for _ in range(B)]
+    return Batch.from_data_list([Data(x=x, edge_index=edges, y=labels[:1]) for x, edges, labels in drawn])
+
+
 def _own(family: str) -> Callable[[], L.LightningModule]:
     def make() -> L.LightningModule:
         from esper.hosts import ClassifierModule, CNNConfig, GPTConfig, LanguageModule, MLPConfig, OptimConfig
@@ -475,6 +526,12 @@ HOSTS: tuple[HostCase, ...] = (
     HostCase(
         "gcn", "torch-geometric", "`GCN` node classifier", _gcn, _graph, inputs=lambda batch: batch[:-1],
         grows={"parallel": DENSE}, fit=("parallel:convs.1.lin", "bottleneck"), mixes=True,
+    ),
+    HostCase(
+        "graphs", "torch-geometric", "`GINConv` graph classifier on `Batch` objects", _graph_classifier, _graphs,
+        inputs=lambda batch: batch,
+        grows={"parallel": DENSE, "bypass": ("widen",)},
+        fit=("bypass:convs.1.nn.0->convs.1.nn.2", "widen"), mixes=True,
     ),
     HostCase(
         "mlp", "esper.hosts", "`MLP`", _own("mlp"),
