@@ -529,6 +529,10 @@ class TamiyoCallback(L.Callback):
             self._body.measure_layout(lambda part: run.loss(part, 0, moved=True), run.last_batch)
         if run.held_out():
             self._body.check_evaluation(run.held_out()[0])
+        elif run.last_batch is not None:  # a test may come, and skip what training runs
+            self._body.check_evaluation(run.recent())
+        else:
+            return  # continued without validation: after the first batch
         keep_apart(self._body, run.optimizers)
         run.check_alike(self.config, [site.name for site in self._body.sites])
         self._evaluated = True

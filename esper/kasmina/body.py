@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from esper.errors import AttachError, GrowthError
 from esper.kasmina.blueprints import Cost, get_blueprint
@@ -65,7 +66,9 @@ class Body:
         self._index = SeedIndex()
         # Counted once: to walk all names of a deep host takes longer than to decide on it.
         self._num_host = sum(
-            p.numel() for name, p in model.named_parameters() if SEEDS not in name.split(".")
+            p.numel()
+            for name, p in model.named_parameters()
+            if SEEDS not in name.split(".") and not is_lazy(p)
         )
         self._host_flops = sum(layer.flops for layer in topology.layers if not layer.block)
         self._settle(topology)

@@ -93,13 +93,16 @@ def _foreign_layer(layer: nn.Module) -> Iterator[str]:
     """Why a layer that passes for one of the known kinds is not quite of it."""
     kind = base_class(layer) if isinstance(layer, SeedLayer) else type(layer)
     known = next(base for base in _KINDS if issubclass(kind, base))
+    if known is not nn.MultiheadAttention:
+        yield from _foreign_weight(layer)
     if _overridden(kind, known):
         yield (
             f"a {kind.__module__.split('.')[0]} {kind.__name__} that computes its output in its own way, not as "
             f"{known.__name__} does; seed the block around it instead"
         )
-    if known is nn.MultiheadAttention:
-        return
+
+
+def _foreign_weight(layer: nn.Module) -> Iterator[str]:
     weight = layer._parameters.get("weight")
     if weight is None:
         yield (

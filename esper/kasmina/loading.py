@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from esper.errors import CheckpointError
 from esper.kasmina.export.files import METADATA_KEY, digest
+from esper.kasmina.lazy import settle_by_state
 from esper.kasmina.structure import conform, follow_state_dict
 from esper.kasmina.validation import check_state_dict
 
@@ -43,6 +44,7 @@ def load(model: Model, path: str | os.PathLike[str], *, strict: bool = True) -> 
     """
     path = Path(path)
     state = state_dict_in(read_checkpoint(path), path)
+    settle_by_state(model, state)
     try:
         states = check_state_dict(model, state, strict=strict)
     except CheckpointError as error:

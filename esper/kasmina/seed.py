@@ -302,7 +302,8 @@ class Seed(nn.Module):
         if x is None:
             raise GrowthError(
                 f"seed {self.seed_id} at {self.site.name}: layer {self.site.source!r} should have run before "
-                f"{self.site.target!r} in this forward pass, but did not. Cull the seed, or call both layers."
+                f"{self.site.target!r} in this forward pass, but did not. Cull the seed, or call both layers; where "
+                "gradient checkpointing runs them again, in one checkpointed region."
             )
         if self.branch.training != (self.training and self._path not in _QUIET):
             self._set_branch_mode()  # Lightning restores modes after validation flag by flag, past train()

@@ -18,6 +18,7 @@ from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.cache_place import first_free_number
 from esper.kasmina.fast_path import close_after, open_for
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
+from esper.kasmina.lazy import settle_by_state
 from esper.kasmina.seed import Seed, SeedState
 from esper.kasmina.sites import BuildContext, Site
 from esper.kasmina.validation import check_state_dict, seed_states_in
@@ -211,6 +212,7 @@ def _before_load(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
+    settle_by_state(module, state_dict, prefix)
     # All of it is checked before the first seed is planted: a foreign checkpoint changes nothing.
     states = check_state_dict(module, state_dict, prefix=prefix, strict=strict)
     conform(module, states)
