@@ -31,7 +31,8 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 def generator_states(trainer: L.Trainer) -> list[list[Tensor]]:
     """States of the training loaders' own generators, a list for each loader, for a checkpoint.
 
-    A loader with ``generator=...`` shuffles by it, and no checkpoint of Lightning holds it.
+    A loader with ``generator=...`` shuffles by it, and no checkpoint of Lightning holds it. torchdata's
+    StatefulDataLoader always has one, and Lightning gives it its state back within an epoch only.
     """
     return [[g.get_state() for g in generators_of(loader)] for loader in _loaders(trainer)]
 
@@ -57,8 +58,15 @@ def resume_loaders(trainer: L.Trainer, generators: list[list[Tensor]], random: M
     if left_over:
         combined._load_state_dicts(left_over)
         loop._combined_loader_states_to_load = []
+    epoch = loop.epoch_progress.current
+    assert isinstance(epoch, _ProcessedTracker)
+    within_epoch = epoch.ready > epoch.processed
     own = [generators_of(loader) for loader in _loaders(trainer)]
     drawing = any(own) and [len(found) for found in own] == [len(states) for states in generators]
+    if within_epoch and any(isinstance(loader, _Stateful) for loader in _loaders(trainer)):
+        drawing = (
+            False  # it has taken up its place, generator and all, and would lose it if it were iterated anew
+        )
     if drawing:
         for found, states in zip(own, generators, strict=True):
             for generator, state in zip(found, states, strict=True):
@@ -66,9 +74,7 @@ def resume_loaders(trainer: L.Trainer, generators: list[list[Tensor]], random: M
     if left_over or drawing:
         set_random_state(random)
         iter(fetcher)  # the one that is there has begun at another place
-    epoch = loop.epoch_progress.current
-    assert isinstance(epoch, _ProcessedTracker)
-    if epoch.ready > epoch.processed:  # within an epoch
+    if within_epoch:
         set_random_state(random)
 
 

@@ -60,10 +60,11 @@ class Place(DataLoader[Any]):
     restored: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        drawn = int(
-            torch.randint(1 << 30, (1,))
-        )  # DataLoader draws for its workers too, whether it resumes or not
+        # DataLoader draws for its workers, too, whether it resumes or not.
+        drawn = int(torch.randint(1 << 30, (1,), generator=self.generator))
         self.epoch_seed, self.position = self.restored or (drawn, 0)
+        if self.restored is not None and self.generator is not None:
+            self.generator.set_state(self.restored_generator)
         self.restored = None
         return self._rest()
 
@@ -73,12 +74,14 @@ class Place(DataLoader[Any]):
             self.position += 1
             yield [X[batch], Y[batch]]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch_seed": self.epoch_seed, "position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        drawn_from = None if self.generator is None else self.generator.get_state()
+        return {"epoch_seed": self.epoch_seed, "position": self.position, "generator": drawn_from}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         inside = state["position"] < BATCHES
         self.restored = (state["epoch_seed"], state["position"]) if inside else None
+        self.restored_generator = state["generator"]
 
 
 class Random(Dataset[Any]):
@@ -155,6 +158,11 @@ class Noisy(ClassifierModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return super().training_step((torch.dropout(x, 0.1, True), y), batch_idx)
+
+
+class NoisyAtOneRate(Noisy):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
 def make(kind: type[ClassifierModule] = ClassifierModule) -> ClassifierModule:
@@ -266,22 +274,35 @@ def test_workers_that_stay_serve_training_beside_the_open_bus(
 WITHIN = {"every_n_train_steps": 7}
 AT_VALIDATION = {"save_on_train_epoch_end": False, "every_n_epochs": 1}
 AT_END = {"save_on_train_epoch_end": True}
-RESUMED: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, dict[str, Any], dict[str, Any]]] = {
-    "within an epoch, a loader that keeps its place": (lambda: Place(DATA, 32), shuffled, WITHIN, {}),
-    "within an epoch, no validation": (lambda: Place(DATA, 32), None, WITHIN, {}),
-    "within an epoch, accumulating": (lambda: Place(DATA, 32), by_itself, WITHIN, {"accumulate_grad_batches": 3}),
-    "after validation within an epoch": (lambda: Place(DATA, 32), shuffled, AT_VALIDATION, {"val_check_interval": 4}),
-    "at the end of an epoch, shuffled": (shuffled, shuffled, AT_END, {}),
-    "at the end of an epoch, a loader with a generator of its own": (by_itself, by_itself, AT_END, {}),
+Resumed = tuple[
+    type[ClassifierModule], Callable[[], Any], Callable[[], Any] | None, dict[str, Any], dict[str, Any]
+]
+RESUMED: dict[str, Resumed] = {
+    "within an epoch, a loader that keeps its place": (Noisy, lambda: Place(DATA, 32), shuffled, WITHIN, {}),
+    "the same, which Lightning restores itself": (
+        NoisyAtOneRate, lambda: Place(DATA, 32, generator=torch.Generator()), shuffled, WITHIN, {},
+    ),
+    "within an epoch, no validation": (NoisyAtOneRate, lambda: Place(DATA, 32), None, WITHIN, {}),
+    "within an epoch, accumulating": (
+        Noisy, lambda: Place(DATA, 32), by_itself, WITHIN, {"accumulate_grad_batches": 3},
+    ),
+    "after validation within an epoch": (
+        Noisy, lambda: Place(DATA, 32), shuffled, AT_VALIDATION, {"val_check_interval": 4},
+    ),
+    "at the end of an epoch, a loader that keeps its place": (
+        NoisyAtOneRate, lambda: Place(DATA, 32, generator=torch.Generator()), shuffled, AT_END, {},
+    ),
+    "at the end of an epoch, shuffled": (Noisy, shuffled, shuffled, AT_END, {}),
+    "at the end of an epoch, a loader with a generator of its own": (Noisy, by_itself, by_itself, AT_END, {}),
     "at the end of an epoch, transforms that draw": (
-        lambda: DataLoader(Random(), 32, shuffle=True), lambda: by_itself(Random()), AT_END, {},
+        Noisy, lambda: DataLoader(Random(), 32, shuffle=True), lambda: by_itself(Random()), AT_END, {},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RESUMED.values(), ids=RESUMED.keys())
-def test_a_run_resumes_bit_for_bit(case: Any, tmp_path: Path) -> None:
-    train, val, save, options = case
+def test_a_run_resumes_bit_for_bit(case: Resumed, tmp_path: Path) -> None:
+    kind, train, val, save, options = case
 
     def run(folder: Path, checkpoint: Path | None = None) -> dict[str, Tensor]:
         random.seed(4)
@@ -290,7 +311,7 @@ def test_a_run_resumes_bit_for_bit(case: Any, tmp_path: Path) -> None:
         callback = growing(folder, *ENTRIES, probes={"held_out_batches": 2})
         saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, **save)
         runner = trainer(folder, callback, saver, epochs=3, enable_checkpointing=True, **options)
-        fit(runner, module := make(Noisy), Data(train, val), ckpt_path=checkpoint)
+        fit(runner, module := make(kind), Data(train, val), ckpt_path=checkpoint)
         return weights(module)
 
     expected = run(tmp_path / "whole")
