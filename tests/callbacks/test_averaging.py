@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
 )
 from runs import (
     QUICK,
-    STEPS_AN_EPOCH,
     Every,
     Script,
     cnn,
@@ -208,7 +207,7 @@ def test_a_run_with_an_average_resumes_bit_for_bit(kind, tmp_path):
             average = EMAWeightAveraging(decay=DECAY, **epochs)
         pair = [average, grower] if kind == "average first" else [grower, average]
         script = Script({step: lambda *_, act=act: act(grower) for step, act in acts.items()})
-        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4)
         module = mlp(schedule="constant")
         runner = trainer(
             folder,
@@ -229,9 +228,9 @@ def test_a_run_with_an_average_resumes_bit_for_bit(kind, tmp_path):
 
     whole = run("whole", keep=True)
     assert differing(whole[0], whole[1]) != []
-    # An average by epochs loses one, without growth as well, when resumed from the last step of an epoch
-    # (lightning 2.6.6 does not end or begin that epoch again).
-    for step in [8, 13, 30] if kind in ("swa", "by epoch") else [8, 13, STEPS_AN_EPOCH, 30]:
+    # Not from the last step of an epoch: an average by epochs loses that one then, without growth as well
+    # (lightning 2.6.6 does not end or begin the epoch again).
+    for step in (8, 12, 28):
         (tmp_path / f"from{step}").mkdir()
         shutil.copy(tmp_path / "whole" / "growth.jsonl", tmp_path / f"from{step}")
         again = run(f"from{step}", tmp_path / "whole" / f"step={step}.ckpt")
