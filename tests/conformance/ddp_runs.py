@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections import Counter
@@ -23,6 +24,9 @@ from esper.errors import UnsupportedError
 from esper.hosts import ClassifierModule, DigitsData, MLPConfig, OptimConfig
 from esper.kasmina.loading import GrowableMixin
 from esper.kasmina.structure import all_seeds
+from esper.messages import Decision
+from esper.tamiyo.council import decide_together
+from esper.tamiyo.state import GrowthState
 
 WIDE = "bypass:host.layers.0->host.layers.1"
 NEXT = "bypass:host.layers.1->host.layers.2"
@@ -93,10 +97,6 @@ class Case:
         self.heard += 1
 
 
-def _rank() -> int:
-    return dist.get_rank()
-
-
 # ---------------------------------------------------------------- growth in place
 
 
@@ -105,8 +105,8 @@ def direct(rank: int, folder: Path) -> dict[str, Any]:
 
     def switch_off_units(callback: TamiyoCallback, module: L.LightningModule) -> None:
         with torch.no_grad():
-            module.host.layers[0].weight[:3] = 0.0
-            module.host.layers[0].bias[:3] = -1.0
+            module.host.layers[0].weight[:3] *= 1e-3  # dormant, but not silent: their mean hangs on the data
+            module.host.layers[0].bias[:3] = 1e-3
         if rank == 0:
             callback.recycle("host.layers.0")
         else:
@@ -114,7 +114,9 @@ def direct(rank: int, folder: Path) -> dict[str, Any]:
 
     acts: Acts = {8: switch_off_units, 14: lambda callback, _: callback.cull("s3") if rank == 0 else None}
     apart = {"governor": {"check_interval_steps": 6}, "probes": {"decision_interval": 0.1}}
-    case = Case(folder, acts=acts, **apart)  # the ranks meet after steps 1, 4, 6, 7, 10, 12, 13, 16, ...
+    case = Case(
+        folder, data=SharedOut, acts=acts, **apart
+    )  # the ranks meet after steps 1, 4, 6, 7, 10, 12, 13, 16, ...
     whole = case.run("whole")
     return {"whole": whole, **{f"from{step}": case.run(f"from{step}", _at(folder, step)) for step in (9, 15)}}
 
@@ -167,15 +169,13 @@ def scoring(rank: int, folder: Path) -> dict[str, Any]:
 
 
 class SharedOut(DigitsData):
-    """Each process validates on its own part, as under Lightning's DistributedSampler."""
+    """Validates by a loader that Lightning shares out among the processes, so that each measures on its part."""
 
     def __init__(self) -> None:
         super().__init__(batch_size=32)
 
     def val_dataloader(self) -> Any:
-        x, y = self.splits.val[:]
-        data = torch.utils.data.TensorDataset(x[_rank() :: 2], y[_rank() :: 2])
-        return torch.utils.data.DataLoader(data, batch_size=64)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*self.splits.val[:]), batch_size=64)
 
 
 def halves(rank: int, folder: Path) -> dict[str, Any]:
@@ -252,8 +252,34 @@ def talk(rank: int, folder: Path) -> dict[str, Any]:
         "afterwards": ranks.first("a number", rank),
         "apart": _error(lambda: ranks.exchange(f"subject {rank}", 0)),
     }
+    told |= _council(ranks)
     ranks.close()
     return told
+
+
+def _council(ranks: ProcessRanks) -> dict[str, Any]:
+    """A policy that looks at figures that its rank alone has, measures, fails to measure, and draws."""
+
+    def ask(state: GrowthState) -> list[Decision]:
+        asked.append(state.train_loss)
+        loss = state.measure_held_out_loss()
+        refused = _error(lambda: state.score(["here"], 4))
+        torch.rand(3, generator=state.generator)
+        return [Decision(action="wait", reason=f"{state.train_loss}, {loss}, {refused}", policy="mine")]
+
+    asked: list[float] = []
+    known = dict.fromkeys(field.name for field in dataclasses.fields(GrowthState))
+    known |= {
+        "train_loss": float(ranks.rank),
+        "generator": torch.Generator().manual_seed(5),
+        "measure_held_out_loss": lambda: ranks.measure("a loss", lambda: [float(ranks.rank)])[0],
+        "score": lambda names, size: ranks.attempt(
+            "a score", lambda: _refuse(f"not {names[0]}") if ranks.rank else {}
+        ),
+    }
+    state = GrowthState(**known)
+    decisions = decide_together(ranks, state, ask)
+    return {"asked": asked, "decided": [d.reason for d in decisions], "drawn": state.generator.get_state()}
 
 
 def _refuse(reason: str) -> None:
@@ -269,7 +295,7 @@ def _bad_loss_on_rank_1(module: L.LightningModule, step: int) -> L.LightningModu
 
     def training_step(batch: Any, batch_idx: int) -> Tensor:
         loss = inner(batch, batch_idx)
-        wrong = module.training and _rank() == 1 and module.trainer.global_step == step
+        wrong = module.training and dist.get_rank() == 1 and module.trainer.global_step == step
         return loss + float("nan") if wrong else loss
 
     module.training_step = training_step

@@ -210,6 +210,13 @@ def test_the_ranks_talk(ranks):
     assert first["apart"].startswith("RankError: all ranks should be at the same point of the run")
 
 
+def test_one_policy_decides_for_all_and_all_measure_for_it(ranks):
+    first, second = (of["talk"] for of in ranks)
+    assert (first["asked"], second["asked"]) == ([0.0], [])
+    assert first["decided"] == second["decided"] == ["0.0, 0.5, GrowthError: not here (rank 1)"]
+    assert torch.equal(first["drawn"], second["drawn"])
+
+
 def test_one_process_agrees_with_itself():
     ranks = Ranks()
     rows = torch.ones(2, 3)
