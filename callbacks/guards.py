@@ -20,12 +20,13 @@ class Guards:
 
     Args:
         birth_lr_multiplier: Factor on the updates of parameters that are not fossilised yet.
+        seed_lr_multiplier: Factor on the updates of all parameters of seeds, for good.
     """
 
-    def __init__(self, birth_lr_multiplier: float) -> None:
-        self._multiplier = birth_lr_multiplier
+    def __init__(self, birth_lr_multiplier: float, seed_lr_multiplier: float = 1.0) -> None:
+        self._birth, self._lifelong = birth_lr_multiplier, seed_lr_multiplier
         self._guards: dict[int, StepGuard] = {}
-        self._newborn: dict[str, list[nn.Parameter]] = {}
+        self._scaled: dict[str, list[nn.Parameter]] = {}
 
     @property
     def mounted(self) -> bool:
@@ -33,7 +34,7 @@ class Guards:
         return bool(self._guards)
 
     def follow(self, optimizers: Sequence[Optimizer], seeds: Sequence[Seed], *, scaled: bool = False) -> None:
-        """Hook the optimizers when the first seed is there, and scale the steps of newborn parameters.
+        """Hook the optimizers when the first seed is there, and scale the steps of seeds.
 
         Args:
             optimizers: All of the run, unwrapped.
@@ -42,20 +43,24 @@ class Guards:
         """
         if not self._guards and seeds:
             self._guards = {id(optimizer): StepGuard(optimizer) for optimizer in optimizers}
-        if self._multiplier == 1.0 and not scaled:
+        if self._birth == self._lifelong == 1.0 and not scaled:
             return
-        young = {seed.seed_id: list(seed.parameters()) for seed in seeds if seed.stage != "fossilized"}
+        young = [seed for seed in seeds if seed.stage != "fossilized"]
+        slowed = seeds if self._lifelong != 1.0 else young
+        wanted = {seed.seed_id: list(seed.parameters()) for seed in slowed}
+        factors = {seed.seed_id: self._lifelong for seed in slowed}
+        factors |= {seed.seed_id: self._lifelong * self._birth for seed in young}
         for guard in self._guards.values():
-            for seed_id, parameters in self._newborn.items():
-                if seed_id not in young:
+            for seed_id, parameters in self._scaled.items():
+                if seed_id not in wanted:
                     guard.forget(parameters)
-            for parameters in young.values():
-                guard.scale_updates(parameters, self._multiplier)
+            for seed_id, parameters in wanted.items():
+                guard.scale_updates(parameters, factors[seed_id])
         if scaled and self._guards:
             one = next(iter(self._guards.values()))  # whose optimizer it is does not matter to a gradient
-            for parameters in young.values():
-                one.keep_finite(parameters)
-        self._newborn = young
+            for seed in young:
+                one.keep_finite(wanted[seed.seed_id])
+        self._scaled = wanted
 
     def protect(self, trainer: L.Trainer, optimizer: Optimizer, seeds: Sequence[Seed]) -> None:
         """Keep the gradients of young seeds from reaching the host through clipping by total norm."""
@@ -73,4 +78,4 @@ class Guards:
         """Take the hooks off again."""
         for guard in self._guards.values():
             guard.remove()
-        self._guards, self._newborn = {}, {}
+        self._guards, self._scaled = {}, {}

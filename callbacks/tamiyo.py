@@ -101,7 +101,7 @@ class TamiyoCallback(L.Callback):
         self._controller: Controller | None = None
         self._probes: ProbeRunner | None = None
         self._host_parameters: list[tuple[str, nn.Parameter]] = []
-        self._guards = Guards(self.config.birth_lr_multiplier)
+        self._guards = Guards(self.config.birth_lr_multiplier, self.config.seed_lr_multiplier)
         self._records: Records | None = None
         self._requests: list[Decision] = []
         self._last_step = 0

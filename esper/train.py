@@ -101,31 +101,37 @@ def train(
     finished = _finished(folder, digest) if in_place else {}
     console.print(f"{settings.name}, seed {settings.seed} → {_shown(folder)}", style="bold", soft_wrap=True)
     started = time.time()
-    with stop, LiveDisplay(console) as display, quiet():
-        run = _Run(settings, config, folder, data, display, stop, in_place, finished)
-        results: list[ArmSummary] = []
-        for arm in _arms(run, host, resume, results):
-            summary = _train_or_keep(run, arm)
-            if summary is None:
-                break
-            results.append(summary)
-            # After every arm, so that whatever ends the run leaves the arms before it.
-            write_summary(
-                folder / SUMMARY,
-                RunSummary(
-                    run_id=folder.name,
-                    experiment=settings.name,
-                    seed=settings.seed,
-                    config_hash=digest,
-                    versions=collect_versions(),
-                    started=started,
-                    arms=results,
-                ),
-            )
-        else:
-            _show(folder, console)
-            return read_summary(folder / SUMMARY)
+    whole = False
+    try:
+        with stop, LiveDisplay(console) as display, quiet():
+            run = _Run(settings, config, folder, data, display, stop, in_place, finished)
+            results: list[ArmSummary] = []
+            for arm in _arms(run, host, resume, results):
+                summary = _train_or_keep(run, arm)
+                if summary is None:
+                    break
+                results.append(summary)
+                # After every arm, so that whatever ends the run leaves the arms before it.
+                write_summary(
+                    folder / SUMMARY,
+                    RunSummary(
+                        run_id=folder.name,
+                        experiment=settings.name,
+                        seed=settings.seed,
+                        config_hash=digest,
+                        versions=collect_versions(),
+                        started=started,
+                        arms=results,
+                    ),
+                )
+            else:
+                whole = True
+    except SystemExit:  # what Lightning makes of a second Ctrl-C
+        if not stop.requested:
+            raise
     _show(folder, console)
+    if whole:
+        return read_summary(folder / SUMMARY)
     console.print(f"stopped; to continue: esper train resume={_shown(folder)}", style="bold", soft_wrap=True)
     return None
 

@@ -95,6 +95,8 @@ class TamiyoConfig:
         widen_start: Fan-in of new hidden units: ``random`` (He), or ``closed_form`` (the directions that the
             loss gradient misses, GROWTH.md §2); their fan-out is zero either way.
         birth_lr_multiplier: Factor on the updates of parameters that are not fossilised yet.
+        seed_lr_multiplier: Factor on the updates of all parameters of seeds, for good. Adapters want a lower
+            rate than the fresh head that they are trained with (experiments/finetune).
         journal: Where ``growth.jsonl`` goes; None for the trainer's log folder.
         budget: Limits.
         probes: Measurements.
@@ -111,6 +113,7 @@ class TamiyoConfig:
     seed: int = 0
     widen_start: Literal["random", "closed_form"] = "random"
     birth_lr_multiplier: float = 1.0
+    seed_lr_multiplier: float = 1.0
     journal: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     probes: ProbeConfig = field(default_factory=ProbeConfig)
@@ -133,6 +136,7 @@ class TamiyoConfig:
                 "widen_start should be 'random' or 'closed_form'",
             ),
             (self.birth_lr_multiplier > 0, "birth_lr_multiplier should be positive"),
+            (self.seed_lr_multiplier > 0, "seed_lr_multiplier should be positive"),
         )
 
 

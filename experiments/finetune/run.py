@@ -36,9 +36,11 @@ from esper.hosts import ClincData
 from esper.report.statistics import paired_difference
 from esper.report.summary import collect_versions
 
-MAIN = ("LoRA", "uniform", "AdaLoRA", "random", "uniform while it pays", "probe")
+MAIN = (
+    "LoRA", "uniform", "AdaLoRA", "uniform, slower", "LoRA, slower", "random", "uniform while it pays", "probe",
+)  # fmt: skip
 VARIANTS = ("expressivity", "uniform, all layers", "uniform, bottleneck", "uniform, isolated", "dimensions")
-SEARCHED = ("probe", "LoRA", "AdaLoRA", "uniform")
+SEARCHED = ("probe", "LoRA", "AdaLoRA", "uniform", "LoRA, slower", "uniform, slower")
 BORROWED = {"expressivity": "probe"}
 """Arms that are not searched take the rate of ``uniform``: theirs are the same adapters elsewhere, or later.
 ``expressivity`` finds no site that clears its noise floor here, so that its head is all that it trains."""
@@ -218,7 +220,7 @@ def main() -> None:
     parser.add_argument("phases", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument(
-        "--arms", default="", help="only these, by commas: several processes may share the work"
+        "--arms", default="", help="only these, by semicolons: several processes may share the work"
     )
     parser.add_argument("--child-memory", default="")
     given = parser.parse_args()
@@ -229,7 +231,7 @@ def main() -> None:
         phases = given.phases or ["search", "final", "time", "memory", "variants", "full", "summary"]
         runs = Runs(given.out / "runs.jsonl")
         few = Data(FEW)
-        chosen = given.arms.split(",") if given.arms else [*MAIN, *VARIANTS]
+        chosen = given.arms.split(";") if given.arms else [*MAIN, *VARIANTS]
         wanted = {c if c in SEARCHED else BORROWED.get(c, "uniform") for c in chosen}
         rates = search(runs, few, [arm for arm in SEARCHED if arm in wanted])
         rates |= {c: rates[BORROWED.get(c, "uniform")] for c in chosen if c not in rates}
