@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from esper.errors import CheckpointError
+from esper.kasmina.compiled_names import differ_by_compilation, named_as_in
 from esper.kasmina.export.files import METADATA_KEY, digest
 from esper.kasmina.lazy import settle_by_state
 from esper.kasmina.structure import conform, follow_state_dict
@@ -29,7 +30,8 @@ def load(model: Model, path: str | os.PathLike[str], *, strict: bool = True) -> 
     """Load weights into ``model``, growing and removing seeds so that it is as the file has it.
 
     Reads checkpoints of Lightning, plain ``torch.save(model.state_dict(), path)`` files and
-    ``.safetensors``. Nothing is unpickled (``weights_only=True``).
+    ``.safetensors``. Nothing is unpickled (``weights_only=True``). Which parts of the model are wrapped by
+    ``torch.compile`` may differ from the model that was saved.
 
     Args:
         model: A fresh host, or one with seeds; need not be attached. Seeds that the file lacks are removed.
@@ -44,6 +46,8 @@ def load(model: Model, path: str | os.PathLike[str], *, strict: bool = True) -> 
     """
     path = Path(path)
     state = state_dict_in(read_checkpoint(path), path)
+    if differ_by_compilation(model, state):
+        state = named_as_in(model, state)
     settle_by_state(model, state)
     try:
         states = check_state_dict(model, state, strict=strict)

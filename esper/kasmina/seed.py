@@ -18,7 +18,7 @@ from esper.kasmina.layer import Tap, primary, replace_primary
 from esper.kasmina.sites import Site
 from esper.messages import Stage
 
-__all__ = ["Seed", "SeedState", "decode_state"]
+__all__ = ["Seed", "SeedState", "decode_state", "encode_state"]
 
 
 class SeedState(msgspec.Struct):
@@ -272,7 +272,7 @@ class Seed(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The seed's record as bytes in a uint8 tensor, so that any state-dict format carries it."""
-        return torch.frombuffer(bytearray(_ENCODER.encode(self.state)), dtype=torch.uint8)
+        return encode_state(self.state)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take on a record written by :meth:`get_extra_state`.
@@ -338,6 +338,11 @@ class Seed(nn.Module):
         whole branch is switched because blocks call ``F.dropout(x, p, self.training)`` as well.
         """
         self.branch.train(self.training and self._path not in _QUIET)
+
+
+def encode_state(state: SeedState) -> Tensor:
+    """A seed record as a 1-d uint8 tensor."""
+    return torch.frombuffer(bytearray(_ENCODER.encode(state)), dtype=torch.uint8)
 
 
 def decode_state(data: Tensor, where: str) -> SeedState:

@@ -16,6 +16,7 @@ from torch import nn
 from esper.errors import CheckpointError, EsperError, GrowthError
 from esper.kasmina.blueprints import get_blueprint, make_branch
 from esper.kasmina.cache_place import first_free_number
+from esper.kasmina.compiled_names import differ_by_compilation
 from esper.kasmina.fast_path import close_after, open_for
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.lazy import settle_by_state
@@ -214,7 +215,15 @@ def _before_load(
 ) -> None:  # fmt: skip
     settle_by_state(module, state_dict, prefix)
     # All of it is checked before the first seed is planted: a foreign checkpoint changes nothing.
-    states = check_state_dict(module, state_dict, prefix=prefix, strict=strict)
+    try:
+        states = check_state_dict(module, state_dict, prefix=prefix, strict=strict)
+    except CheckpointError as error:
+        if not prefix and differ_by_compilation(module, state_dict):
+            raise CheckpointError(
+                f"{error}. Its keys and this model's differ by the '_orig_mod' of torch.compile(part): compile the "
+                "same parts before the checkpoint is loaded, or load its weights by esper.load, which renames them"
+            ) from error
+        raise
     conform(module, states)
 
 

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 import esper
 from esper.callbacks import TamiyoCallback
+from esper.errors import CheckpointError
 from esper.kasmina.probes import ProbeRunner
 from esper.kasmina.structure import all_seeds
 from esper.messages import RunRecord
@@ -243,6 +244,26 @@ def test_a_compiled_run_resumes_bit_for_bit_between_two_growths(way: Way, tmp_pa
     seeds = [key for key in held if "esper_seeds" in key]
     assert seeds
     assert all(("_orig_mod" in key) == ("_orig_mod" in way.name_of("0")) for key in seeds)
+
+
+def test_a_compiled_checkpoint_loads_into_a_plain_model_and_the_other_way_round(tmp_path: Path) -> None:
+    way = WAYS[2]
+    trained = Classifies(mlp(*WIDTHS))
+    fit(way.apply(trained, "eager"), tmp_path, *way.entries(), epochs=1, lifecycle=SHORT)
+    plain = esper.load(Classifies(mlp(*WIDTHS, seed=7)), tmp_path / "epoch=0.ckpt")
+    assert [seed.site.name for seed in all_seeds(plain)] == [
+        "bypass:net.0->net.2", "parallel:net.2", "bypass:net.0->net.4",
+    ]  # fmt: skip
+    assert differing(plainly_named(weights(trained)), plainly_named(weights(plain))) == []
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    again = esper.load(way.apply(Classifies(mlp(*WIDTHS, seed=8)), "eager"), tmp_path / "plain.pt")
+    assert differing(weights(trained), weights(again)) == []
+    x = torch.randn(B, F_IN)
+    assert torch.equal(plain.eval()(x), again.eval()(x))
+    resumed = Classifies(mlp(*WIDTHS))
+    with pytest.raises(CheckpointError, match="compile the same parts before the checkpoint is loaded"):
+        fit(resumed, tmp_path, *way.entries(), epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert not all_seeds(resumed)
 
 
 @pytest.mark.parametrize("stage", ["training", "blending", "fossilized"])
