@@ -460,6 +460,7 @@ def test_the_general_export_of_a_deeper_model_generates_too() -> None:
     plain, report = export_with_report(net)
     assert (report.folded, report.route) == (("s1",), "modules")
     assert plain.config.n_layer == 3
+    assert all(block.attn.config is plain.config for block in plain.transformer.h)
     assert torch.equal(generate(plain), generate(net, use_cache=False))
 
 
