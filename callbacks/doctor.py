@@ -56,9 +56,10 @@ class Checkup:
 
     @property
     def parameters_allowed(self) -> int:
-        """Parameters that the budget lets growth add."""
-        host = self.diagnosis.num_parameters
-        return int(self.budget.max_parameters_ratio * host) - host
+        """Parameters that the budget lets growth add, as :meth:`esper.tamiyo.ledger.Ledger.parameters_left` counts."""
+        found = self.diagnosis
+        base = found.num_trained or found.num_parameters
+        return max(0, int(self.budget.max_parameters_ratio * base) - base - found.num_grown)
 
     @property
     def flops_allowed(self) -> tuple[int, int]:
@@ -74,7 +75,11 @@ class Checkup:
         return {
             "model": self.model,
             "healthy": self.healthy,
-            "host": {"parameters": self.diagnosis.num_parameters, "forward_flops": self.diagnosis.flops},
+            "host": {
+                "parameters": self.diagnosis.num_parameters,
+                "trained_parameters": self.diagnosis.num_trained,
+                "forward_flops": self.diagnosis.flops,
+            },
             "budget": {
                 "max_parameters_ratio": self.budget.max_parameters_ratio,
                 "max_flops_ratio": ratio if math.isfinite(ratio) else None,
@@ -132,10 +137,11 @@ def check_up(
     with drawn_apart(_SEED), quiet():
         patient = _copied(model)
         if isinstance(patient, L.LightningModule):
-            run = _module_run(patient, batch, trainer, step=step)
-        else:
-            run = _forward_run(patient, batch)
-        diagnosis = diagnose(patient, _explained(run, name))
+            batch = _moved(patient, batch)
+            patient.trainer = _bare_trainer() if trainer is None else trainer
+        own_step = step and isinstance(patient, L.LightningModule)
+        run = _step_run(patient) if own_step else _forward_run(patient)
+        diagnosis = diagnose(patient, _explained(run, name), batch if own_step else Example.of(batch))
         if isinstance(model, L.LightningModule) and isinstance(patient, L.LightningModule):
             if trainer is not None:
                 found += conflicts(trainer, callback_type, model)
@@ -154,18 +160,19 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _module_run(
-    module: L.LightningModule, batch: Any, trainer: L.Trainer | None, *, step: bool
-) -> Callable[[], Tensor]:
-    """The module's own loss on ``batch``, or a loss made of what its forward returns."""
+def _moved(module: L.LightningModule, batch: Any) -> Any:
+    """A copy of ``batch``, through the module's own transfer hooks.
+
+    Before the module has a trainer: the hooks would ask that for its loaders.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    # By the module's own hooks, and before it has a trainer: they would ask for the trainer's loaders then.
-    batch = module._apply_batch_transfer_handler(
-        module._on_before_batch_transfer(copy.deepcopy(batch)), device=device
-    )
-    module.trainer = _bare_trainer() if trainer is None else trainer
-    if not step:
-        return _forward_run(module, batch)
+    own = module._on_before_batch_transfer(copy.deepcopy(batch))
+    return module._apply_batch_transfer_handler(own, device=device)
+
+
+def _step_run(module: nn.Module) -> Callable[[Any], Tensor]:
+    """The module's own loss on a batch."""
+    assert isinstance(module, L.LightningModule)
     name = "training_step" if module.automatic_optimization else "validation_step"
     if not is_overridden(name, module):
         raise AttachError(
@@ -173,11 +180,11 @@ def _module_run(
             "give an input for forward instead"
         )
     function = getattr(module, name)
-    arguments = [batch, *([0] if is_param_in_hook_signature(function, "batch_idx", min_args=2) else [])]
+    index = [0] if is_param_in_hook_signature(function, "batch_idx", min_args=2) else []
     module.__dict__["log"] = module.__dict__["log_dict"] = _ignore  # there is no loop to log to
 
-    def run() -> Tensor:
-        output = function(*arguments)
+    def run(batch: Any) -> Tensor:
+        output = function(batch, *index)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise AttachError(
@@ -193,17 +200,17 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``log`` and ``log_dict``."""
 
 
-def _forward_run(model: nn.Module, given: Any) -> Callable[[], Tensor]:
-    example = Example.of(given)
-    return lambda: mean_output(model(*example.args, **example.kwargs))
+def _forward_run(model: nn.Module) -> Callable[[Example], Tensor]:
+    """A loss made of all that the model's forward returns."""
+    return lambda example: mean_output(model(*example.args, **example.kwargs))
 
 
-def _explained(run: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+def _explained(run: Callable[[Any], Tensor], name: str) -> Callable[[Any], Tensor]:
     """Tell which model failed, and on what, when it does."""
 
-    def loss() -> Tensor:
+    def loss(batch: Any) -> Tensor:
         try:
-            return run()
+            return run(batch)
         except EsperError:
             raise
         except Exception as error:  # a user's module may raise anything

@@ -39,13 +39,20 @@ class Net(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
-        batch[0].add_(1.0 + self.trainer.current_epoch)
+        assert self.trainer.current_epoch == 0
         self.losses.append(float(loss.detach()) + random.random() + float(np.random.rand()))
         self.log("train_loss", loss)
         return loss
 
     def configure_optimizers(self) -> Any:
         return {"optimizer": torch.optim.AdamW(self.parameters())}
+
+
+class Careless(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        batch[0].zero_()
+        return loss
 
 
 class Manual(Net):
@@ -87,7 +94,7 @@ def _bytes(value: Tensor) -> bytes:
     return value.detach().numpy().tobytes()
 
 
-@pytest.mark.parametrize("cls", [Net, Manual])
+@pytest.mark.parametrize("cls", [Careless, Manual])
 def test_nothing_is_changed(cls: type[Net], capsys: pytest.CaptureFixture[str]) -> None:
     module = cls()
     module.norm.eval()
@@ -174,6 +181,18 @@ def test_a_model_that_is_attached_or_has_grown_is_looked_at_too(capsys: pytest.C
     assert [entry.site.name for entry in found.diagnosis.sites] == names
     assert found.diagnosis.num_parameters == body.topology.num_parameters
     assert len(body.seeds) == 1
+
+
+def test_the_budget_of_a_frozen_host_is_that_of_its_trained_part(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Net()
+    module.first.requires_grad_(False)
+    found = TamiyoCallback().doctor(module, BATCH)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert found.parameters_allowed == trained
+    assert f"({trained} of them trained)" in capsys.readouterr().out
+    attach(module, BATCH[0]).germinate("bypass:rest.1->rest.3", "widen", 4)
+    grown = 4 * (8 + 1) + 4 * 3
+    assert TamiyoCallback().doctor(module, BATCH).parameters_allowed == trained - grown
 
 
 def test_failures_say_what_to_do() -> None:

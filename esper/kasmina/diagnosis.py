@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -46,6 +46,8 @@ class Diagnosis:
 
     Attributes:
         num_parameters: Of the host.
+        num_trained: Of these, those that are trained: a frozen part does not count.
+        num_grown: Of seeds that are in the model already.
         flops: FLOPs of one forward pass of one sample of the host.
         sites: Where seeds can attach.
         refused: Layer -> why it cannot carry a seed, to stand behind "because it is".
@@ -53,28 +55,32 @@ class Diagnosis:
     """
 
     num_parameters: int
+    num_trained: int
+    num_grown: int
     flops: int
     sites: tuple[SitePrices, ...]
     refused: dict[str, str]
     faults: dict[str, str]
 
 
-def diagnose(model: nn.Module, loss: Callable[[], Tensor]) -> Diagnosis:
+def diagnose(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> Diagnosis:
     """Trace ``model``, find its sites and price them.
 
     Args:
         model: A copy that is not needed afterwards: its layers become seed layers.
-        loss: Runs ``model`` on a batch and returns a scalar that depends on it; called a few times, in training
-            and in evaluation mode.
+        run: Runs ``model`` on a batch and returns a scalar that depends on it; called a few times, in training and
+            in evaluation mode, also on parts of ``batch``.
+        batch: Tensors in any nesting of tuples, lists and dicts.
 
     Raises:
         AttachError: The loss has no graph to learn the data flow from.
     """
     if any(isinstance(module, SeedLayer) for module in model.modules()) and not has_seeds(model):
         detach(model)
-    topology = trace(model, loss)
-    body = Body(model, topology)
-    body.check_evaluation(loss)
+    body = Body(model, trace(model, lambda: run(batch)))
+    body.measure_layout(run, batch)
+    body.check_evaluation(lambda: run(batch))
+    topology = body.topology
     sites: list[SitePrices] = []
     faults: dict[str, str] = {}
     for site in body.sites:
@@ -84,6 +90,12 @@ def diagnose(model: nn.Module, loss: Callable[[], Tensor]) -> Diagnosis:
             sites.append(SitePrices(site, usual, min(prices.values(), key=lambda p: (p.parameters, p.flops))))
     return Diagnosis(
         num_parameters=topology.num_parameters,
+        num_trained=sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if p.requires_grad and SEEDS not in name.split(".")
+        ),
+        num_grown=body.num_parameters - topology.num_parameters,
         flops=sum(layer.flops for layer in topology.layers if not layer.block),
         sites=tuple(sites),
         refused=_refused(model, topology, body, sites),

@@ -112,10 +112,12 @@ def _costs(found: Mapping[str, Any]) -> str:
         if ratio is None
         else f"and {ratio:g} times the host's training FLOPs in all"
     )
+    frozen = host["trained_parameters"] < host["parameters"]
+    trained = f" ({units.scaled(host['trained_parameters'])} of them trained)" if frozen else ""
     least, most = budget["forward_flops_least"], budget["forward_flops_most"]
     return (
-        f"Host: {units.scaled(host['parameters'])} parameters, {units.scaled(host['forward_flops'])} FLOPs a sample "
-        f"and forward pass.\nBudget: growth may add {units.scaled(budget['parameters_allowed'])} parameters "
+        f"Host: {units.scaled(host['parameters'])} parameters{trained}, {units.scaled(host['forward_flops'])} FLOPs a "
+        f"sample and forward pass.\nBudget: growth may add {units.scaled(budget['parameters_allowed'])} parameters "
         f"(max_parameters_ratio={budget['max_parameters_ratio']:g}), {limit}; they add {units.scaled(least)} to "
         f"{units.scaled(most)} FLOPs, depending on where they go."
     )
