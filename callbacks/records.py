@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn.parameter import is_lazy
 
+from esper.kasmina.loading import GrowableMixin
+from esper.kasmina.structure import has_seeds
 from esper.messages import Command, Event, RunRecord
 from esper.oona import CommandInbox, Publisher
 from esper.report.journal import Journal
@@ -92,6 +95,14 @@ class Records:
     def note(self, trainer: L.Trainer, **info: Any) -> None:
         """Record plain facts."""
         self.recorder.run(RunRecord(self._run_id, "note", trainer.global_step, info, time.time()))
+
+    def tell_how_to_load(self, module: L.LightningModule) -> None:
+        """Say it where ``load_from_checkpoint`` would stop at the seeds' keys: it asks no callback."""
+        if has_seeds(module) and not isinstance(module, GrowableMixin):
+            rank_zero_info(
+                f"{type(module).__name__} has grown: load its checkpoints by esper.load(model, path), or let the class "
+                "inherit from esper.GrowableMixin, in front, so that its load_from_checkpoint regrows them"
+            )
 
     def close(self) -> None:
         """Close journal and bus."""
