@@ -351,6 +351,7 @@ class TamiyoCallback(L.Callback):
             size_and_cost = {} if self._body is None else self.summary()
             finite = {name: value for name, value in size_and_cost.items() if math.isfinite(value)}
             self._records.mark("end", trainer, **finite)
+            self._records.tell_how_to_load(pl_module)
         self._close()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
