@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import random
 import shutil
@@ -342,7 +343,7 @@ def test_checkpoints_that_would_lose_their_place_are_told_of_before_training(tmp
 # ---------------------------------------------------------------- what a checkpoint also holds
 
 
-class Storing(esper.GrowableMixin, L.LightningModule):
+class NotGrowable(L.LightningModule):
     """Keeps hyperparameters and things of its own in checkpoints."""
 
     def __init__(self, width: int = 8, note: str = "default") -> None:
@@ -366,14 +367,15 @@ class Storing(esper.GrowableMixin, L.LightningModule):
         self.seen = checkpoint["seen"]
 
 
-class NotGrowable(Storing):
-    load_state_dict = nn.Module.load_state_dict  # as if the mixin were not there
+class Storing(esper.GrowableMixin, NotGrowable):
+    """The same, which its own ``load_from_checkpoint`` regrows."""
 
 
-def test_a_grown_module_with_things_of_its_own_loads_by_its_class(tmp_path: Path) -> None:
-    callback = growing(
-        tmp_path, (0.2, "bypass:net.0->net.2", "widen", 4), (0.5, "parallel:net.0", "lowrank", 2)
-    )
+def test_a_grown_module_with_things_of_its_own_loads_by_its_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = ((0.2, "bypass:net.0->net.2", "widen", 4), (0.5, "parallel:net.0", "lowrank", 2))
+    callback = growing(tmp_path, *entries)
     saver = ModelCheckpoint(
         tmp_path, "{step}", save_top_k=2, monitor="step", mode="max", every_n_train_steps=5
     )
@@ -394,6 +396,26 @@ def test_a_grown_module_with_things_of_its_own_loads_by_its_class(tmp_path: Path
         ckpt_path=tmp_path / "step=15.ckpt",
     )
     assert again.seen == 20
+    caplog.clear()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger.name):
+        fit(
+            trainer(tmp_path / "bare", growing(tmp_path / "bare", *entries)),
+            NotGrowable(),
+            Data(lambda: Place(DATA, 32)),
+        )
+        fit(
+            trainer(tmp_path / "mixed", growing(tmp_path / "mixed", *entries)),
+            Storing(),
+            Data(lambda: Place(DATA, 32)),
+        )
+    logger.removeHandler(caplog.handler)
+    (told,) = {record.getMessage() for record in caplog.records if "has grown" in record.getMessage()}
+    assert (
+        "NotGrowable has grown: load its checkpoints by esper.load(model, path), or let the class inherit"
+        in told
+    )
     with pytest.raises(RuntimeError, match="esper_seeds"):
         NotGrowable.load_from_checkpoint(tmp_path / "step=20.ckpt")
     esper.load(plain := NotGrowable(width=6), tmp_path / "step=20.ckpt")
