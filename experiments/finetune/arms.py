@@ -28,6 +28,7 @@ WARMUP = 0.1
 # What each esper arm changes of conf/experiment/finetune_clinc.yaml.
 ESPER = {
     "probe": ["policy=off"],
+    "uniform, slower": ["kasmina.seed_lr_multiplier=0.25"],  # as the file has it
     "uniform": [],
     "uniform while it pays": [
         "policy.options.num_events=4", "policy.options.end=0.4", "policy.options.min_saved=0.02",
@@ -49,7 +50,6 @@ ESPER = {
         "policy.options.end=0.1", "policy.options.min_tokens_per_parameter=0",
         "kasmina.budget.max_scoring_fraction=1.0", "kasmina.probes.decision_interval=0.02",
     ],
-    "uniform, slower": ["kasmina.seed_lr_multiplier=0.25"],
     "dimensions": ["policy=dimensions", "policy.window=[0,0.5]", "policy.options.start=0", "policy.options.end=0.1"],
 }  # fmt: skip
 PEFT = ("LoRA", "LoRA, slower", "AdaLoRA")
@@ -115,7 +115,9 @@ class Built:
 
 def build(arm: str, lr: float, seed: int, steps: int, folder: Path) -> Built:
     """Make module and callbacks of an arm; the same seed gives every arm the same head and data order."""
-    overrides = ["experiment=finetune_clinc", f"seed={seed}", *ESPER.get(arm, ["policy=off"])]
+    # One rate for head and adapters unless an arm says otherwise, as PEFT's arms have it.
+    overrides = ["experiment=finetune_clinc", f"seed={seed}", "kasmina.seed_lr_multiplier=1.0"]
+    overrides += ESPER.get(arm, ["policy=off"])
     config = OmegaConf.to_container(compose("train", overrides), resolve=True)
     settings = parse_settings({str(k): v for k, v in config.items()})
     L.seed_everything(seed, verbose=False)

@@ -164,27 +164,28 @@ def summarise(runs: Runs) -> dict[str, Any]:
     for record in runs.records:
         if record["phase"] == "final":
             by_arm.setdefault(record["arm"], {})[record["seed"]] = record
-    lora = {seed: 100 * r["accuracy"] for seed, r in by_arm.get("LoRA", {}).items()}
+    points = {arm: {seed: 100 * r["accuracy"] for seed, r in found.items()} for arm, found in by_arm.items()}
     result: dict[str, Any] = {}
     for arm, found in by_arm.items():
-        points = {seed: 100 * r["accuracy"] for seed, r in found.items()}
-        row = {
+        figures = list(points[arm].values())
+        row: dict[str, Any] = {
             "lr": next(iter(found.values()))["lr"],
-            "accuracy": mean(points.values()),
-            "spread": stdev(points.values()) if len(points) > 1 else None,
+            "seeds": len(figures),
+            "accuracy": mean(figures),
+            "spread": stdev(figures) if len(figures) > 1 else None,
             "loss": mean(r["loss"] for r in found.values()),
-            "adapter_parameters": mean(r["adapter_parameters"] for r in found.values()),
+            "adapter_parameters": sorted({r["adapter_parameters"] for r in found.values()}),
             "cpu_s": mean(r["cpu_s"] for r in found.values()),
-            "seeds": len(points),
         }
-        difference = paired_difference(points, lora)
-        if arm != "LoRA" and difference is not None:
-            row["minus_lora"], row["interval"] = difference.mean, difference.interval
-        shared = [s for s in found if s in by_arm.get("LoRA", {})]
-        if shared:
-            row["cpu_ratio"] = mean(found[s]["cpu_s"] / by_arm["LoRA"][s]["cpu_s"] for s in shared)
+        for other in ("LoRA", "AdaLoRA", "probe"):
+            difference = paired_difference(points[arm], points.get(other, {}))
+            if arm != other and difference is not None:
+                row[f"minus {other}"] = [difference.mean, difference.interval]
         if any("merge_difference" in r for r in found.values()):
-            row["merge_difference"] = max(r["merge_difference"] for r in found.values())
+            row["merge_difference"] = max(r.get("merge_difference", 0.0) for r in found.values())
+        kept = runs.get(phase="memory", arm=arm)
+        if kept is not None:
+            row["peak_mb"] = kept["peak_mb"]
         result[arm] = row
     return {"arms": result, "step_ratio_to_lora": _step_ratios(runs)}
 
