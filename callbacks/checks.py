@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from esper.callbacks.strategies import strategy_conflicts
+from esper.callbacks.strategies import sharding_conflicts, strategy_conflicts
 from esper.errors import UnsupportedError
 from esper.kasmina.optimizer import refusal, unwrap
 from esper.tamiyo.config import TamiyoConfig
@@ -28,6 +28,7 @@ __all__ = [
     "check_optimizers",
     "check_resume",
     "check_trainer",
+    "check_watching",
     "conflicts",
     "optimizer_conflicts",
 ]
@@ -104,6 +105,16 @@ def check_trainer(trainer: L.Trainer, callback_type: type[L.Callback]) -> None:
     _refuse([conflict for conflict in found if conflict.kind == "refused"])
     for conflict in found:
         rank_zero_warn(str(conflict))
+
+
+def check_watching(trainer: L.Trainer) -> None:
+    """Refuse a trainer whose layers cannot even be watched.
+
+    Raises:
+        UnsupportedError: With the way out.
+    """
+    if refused := [Conflict(*conflict) for conflict in sharding_conflicts(trainer)]:
+        raise UnsupportedError("watching cannot work with " + "; and with ".join(map(str, refused)))
 
 
 def check_optimizers(trainer: L.Trainer) -> None:

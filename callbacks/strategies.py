@@ -18,9 +18,9 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from esper.kasmina.loading import GrowableMixin
 from esper.kasmina.structure import follows_state_dict
 
-__all__ = ["strategy_conflicts"]
+__all__ = ["sharding_conflicts", "strategy_conflicts"]
 
-_WAY_OUT = "use strategy='ddp' or one device, or policy='off' to watch only"
+_WAY_OUT = "use strategy='ddp' or one device"
 _SHARDED = "it shards the parameters when training starts, and a seed that comes later would not be sharded with them"
 _REFUSED: dict[type, str] = {
     FSDPStrategy: _SHARDED,
@@ -45,13 +45,30 @@ def strategy_conflicts(trainer: L.Trainer, module: L.LightningModule) -> Iterato
         yield from _ddp_conflicts(strategy, module)
     elif not isinstance(strategy, SingleDeviceStrategy):
         why = next((why for kind, why in _REFUSED.items() if isinstance(strategy, kind)), "")
-        yield name, why or "nobody has tried whether seeds stay the same on all its devices", _WAY_OUT
+        watch = "" if why else ", or policy='off' to watch only"
+        yield name, why or "nobody has tried whether seeds stay the same on all its devices", _WAY_OUT + watch
     elif strategy.root_device.type == "xla":
         yield (
             name,
             "a growing model would be compiled anew at every change, and nobody has tried it",
             _WAY_OUT,
         )
+
+
+def sharding_conflicts(trainer: L.Trainer) -> Iterator[tuple[str, str, str]]:
+    """What about a trainer's strategy does not even go together with watching.
+
+    Tried with ModelParallelStrategy (torch 2.13, gloo): a process holds a part of each weight and gradient,
+    and health figures are made of whole ones.
+
+    Yields:
+        What, why, and the way out.
+    """
+    if isinstance(trainer.strategy, tuple(_REFUSED)):
+        why = (
+            "it gives each process a part of every weight and gradient, and health is measured on whole ones"
+        )
+        yield f"the strategy {type(trainer.strategy).__name__}", why, "leave the callback out, or " + _WAY_OUT
 
 
 def _ddp_conflicts(strategy: DDPStrategy, module: L.LightningModule) -> Iterator[tuple[str, str, str]]:

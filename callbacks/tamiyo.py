@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.callbacks.averaging import Averages
-from esper.callbacks.checks import check_optimizers, check_resume, check_trainer
+from esper.callbacks.checks import check_optimizers, check_resume, check_trainer, check_watching
 from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.distributed import ranks_of
 from esper.callbacks.doctor import Checkup, check_up
@@ -203,7 +203,9 @@ class TamiyoCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let checkpoints regrow the model, and refuse what growth cannot work with."""
-        if stage == "fit" and self.config.policy != "off":
+        if stage == "fit" and self.config.policy == "off":
+            check_watching(trainer)
+        elif stage == "fit":
             check_trainer(trainer, TamiyoCallback)  # first, because it looks at what the module could do before
         follow_state_dict(pl_module)
         self._stage = stage

@@ -31,6 +31,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from esper.callbacks import TamiyoCallback
 from esper.callbacks.strategies import strategy_conflicts
+from esper.errors import UnsupportedError
 from esper.hosts import DigitsData
 from esper.messages import RunRecord
 from esper.tamiyo.ranks import Ranks, mean_of
@@ -281,6 +282,15 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(strategy, reason,
     runner = trainer(tmp_path, strategy=strategy, devices=2)
     (conflict,) = strategy_conflicts(runner, mlp())
     assert reason in "; ".join(conflict)
+
+
+def test_sharded_layers_cannot_be_watched_either(tmp_path):
+    runner = trainer(tmp_path, strategy=ModelParallelStrategy(), devices=2)
+    callback = growing(tmp_path, policy="off", policy_options={})
+    with pytest.raises(
+        UnsupportedError, match=r"ModelParallelStrategy: it gives each process a part.*leave the"
+    ):
+        callback.setup(runner, mlp(), "fit")
 
 
 def test_the_callback_can_be_sent_to_spawned_processes():
