@@ -122,7 +122,7 @@ def test_bench_options_are_read_as_json_or_text() -> None:
 def test_train_help_is_hydras() -> None:
     done = esper("train", "--help")
     assert done.returncode == 0
-    assert "experiment: digits_mlp, fashion_cnn, fashion_mlp, shakespeare_gpt" in done.stdout
+    assert "experiment: digits_mlp, fashion_cnn, fashion_mlp, finetune_clinc, shakespeare_gpt" in done.stdout
 
 
 def test_missing_data_are_named_with_the_fix(tmp_path: Path) -> None:
