@@ -112,13 +112,16 @@ def direct(rank: int, folder: Path) -> dict[str, Any]:
         else:
             callback.cull("s1")  # nobody listens to rank 1
 
-    acts: Acts = {8: switch_off_units, 14: lambda callback, _: callback.cull("s3") if rank == 0 else None}
+    acts: Acts = {20: switch_off_units, 14: lambda callback, _: callback.cull("s3") if rank == 0 else None}
+    # The ranks meet after steps 1, 4, 6, 7, 10, 12, 13, 16, 18, 19, 22, ...; nothing changes DDP after 16.
     apart = {"governor": {"check_interval_steps": 6}, "probes": {"decision_interval": 0.1}}
-    case = Case(
-        folder, data=SharedOut, acts=acts, **apart
-    )  # the ranks meet after steps 1, 4, 6, 7, 10, 12, 13, 16, ...
+    # Slow, so that the units are still dormant when their turn comes.
+    case = Case(folder, make=lambda: mlp(lr=5e-4), data=SharedOut, acts=acts, **apart)
     whole = case.run("whole")
-    return {"whole": whole, **{f"from{step}": case.run(f"from{step}", _at(folder, step)) for step in (9, 15)}}
+    return {
+        "whole": whole,
+        **{f"from{step}": case.run(f"from{step}", _at(folder, step)) for step in (15, 21)},
+    }
 
 
 def isolated(rank: int, folder: Path) -> dict[str, Any]:

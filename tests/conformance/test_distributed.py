@@ -91,7 +91,7 @@ def _told(found: dict[str, Any], own: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("case", "steps"), [("direct", (9, 15)), ("isolated", (8, 16))])
+@pytest.mark.parametrize(("case", "steps"), [("direct", (15, 21)), ("isolated", (8, 16))])
 def test_a_run_of_two_processes_resumes_bit_for_bit(case, steps, ranks, everywhere):
     folder = everywhere / "everything" / case
     for step in steps:
@@ -120,7 +120,7 @@ def test_requests_of_rank_0_count_at_the_next_common_step_and_no_others(everywhe
         for r in decisions(folder)
         if r.decision.policy == "manual"
     ]
-    assert asked == [(10, "recycle", "host.layers.0", True), (16, "cull", "s3", True)]
+    assert asked == [(16, "cull", "s3", True), (22, "recycle", "host.layers.0", True)]
     assert [r.decision.numbers["units_recycled"] for r in decisions(folder, "recycle")] == [3.0]
 
 
