@@ -59,7 +59,9 @@ class CompilationWatch:
         Args:
             grown: Whether the model has ever carried a seed; without one the limit is the user's affair.
         """
-        if self._note not in dynamo.callback_handler.start_callbacks:  # the user has called torch.compiler.reset()
+        if (
+            self._note not in dynamo.callback_handler.start_callbacks
+        ):  # the user has called torch.compiler.reset()
             dynamo.callback_handler.register_start_callback(self._note)
         if self.num_recompilations == self._told:
             return None

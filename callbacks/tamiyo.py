@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.callbacks.averaging import Averages
+from esper.callbacks.by_hand import ByHand
 from esper.callbacks.checks import check_optimizers, check_resume, check_trainer, check_watching
 from esper.callbacks.compilation import CompilationWatch
 from esper.callbacks.distributed import ranks_of
-from esper.callbacks.doctor import Checkup, check_up
 from esper.callbacks.finetuning import restore_groups
 from esper.callbacks.growth_table import GrowthTable
 from esper.callbacks.guards import Guards
@@ -34,7 +34,6 @@ from esper.kasmina.body import Body
 from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
-from esper.kasmina.sites import Site
 from esper.kasmina.structure import follow_state_dict, has_seeds
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import Tracer
@@ -51,7 +50,7 @@ _WATCH_HORIZON = 10_000
 """Steps by which a watched run of unknown length is paced; nothing is decided then."""
 
 
-class TamiyoCallback(L.Callback):
+class TamiyoCallback(ByHand, L.Callback):
     """Grow a model where it is starved, while it trains.
 
     Add it to the callbacks of any trainer. It traces the first batch, watches every layer, and at
@@ -112,93 +111,6 @@ class TamiyoCallback(L.Callback):
         self._quiet_until = 0
         self._hooks.all_on()
 
-    # ---------------------------------------------------------------- what a user calls
-
-    @property
-    def body(self) -> Body:
-        """The attached host: topology, sites, seeds.
-
-        Raises:
-            GrowthError: No batch has been trained on yet, so nothing is known about the model.
-        """
-        if self._body is None:
-            raise GrowthError("the model is traced on its first training batch; call trainer.fit(...) first")
-        return self._body
-
-    def germinate(self, site: str | Site, blueprint: str, size: int | None = None) -> None:
-        """Ask for a seed by hand; it is vetted and applied at the next safe point of the run."""
-        name = site.name if isinstance(site, Site) else site
-        self._request(
-            Decision(
-                action="germinate", site=name, blueprint=blueprint, size=size or 0, policy="manual",
-                reason="asked for by hand",
-            )
-        )  # fmt: skip
-
-    def cull(self, seed_id: str) -> None:
-        """Ask for the removal of a seed by hand at the next safe point."""
-        self._request(Decision(action="cull", site=seed_id, policy="manual", reason="asked for by hand"))
-
-    def recycle(self, layer: str) -> None:
-        """Ask by hand that the dormant units of ``layer`` be re-initialised at the next safe point."""
-        self._request(Decision(action="recycle", site=layer, policy="manual", reason="asked for by hand"))
-
-    def health(self) -> list[HealthSignal]:
-        """The last health signal of each layer and seed; empty before the first sampled step."""
-        return [] if self._controller is None else list(self._controller.health.values())
-
-    def doctor(self, model: L.LightningModule, batch: Any, *, trainer: L.Trainer | None = None) -> Checkup:
-        """Print what can grow in ``model``, what cannot and why, what conflicts, and what growth could cost.
-
-        Everything happens on a copy: the model, its gradients and buffers and all random numbers stay as they are.
-
-        Args:
-            model: That will be trained.
-            batch: One of its training batches.
-            trainer: That will train it, to look at its settings.
-
-        Returns:
-            What was printed, as data.
-
-        Raises:
-            AttachError: The model cannot be copied, or fails on the batch.
-        """
-        from rich.console import Console
-
-        from esper.report.checkup import checkup_tables
-
-        found = check_up(
-            model, batch, callback_type=TamiyoCallback, budget=self.config.budget, trainer=trainer
-        )
-        Console(highlight=False).print(checkup_tables(found.as_dict()))
-        return found
-
-    def summary(self) -> dict[str, float]:
-        """Size and cost of the run: ``num_parameters``, ``training_flops``, the seeds' counts, and how often
-        ``torch.compile`` compiled a function during the last ``fit``, and how often one that it had compiled before.
-
-        Raises:
-            GrowthError: No batch has been trained on yet.
-        """
-        body = self.body
-        assert self._controller is not None
-        ledger = self._controller.ledger
-        return {
-            "num_parameters": body.num_parameters,
-            "trainable_parameters": sum(p.numel() for p in body.model.parameters() if p.requires_grad),
-            "host_parameters": ledger.host_parameters,
-            "training_flops": ledger.training_flops,
-            "scoring_flops": ledger.scoring_flops,
-            "measuring_flops": ledger.measuring_flops,
-            "num_samples": ledger.num_samples,
-            "seeds_germinated": ledger.germinated,
-            "seeds_fossilized": ledger.fossilized,
-            "seeds_culled": ledger.culled,
-            "layers_recycled": ledger.recycled,
-            "compilations": self._compilation.num_compilations,
-            "recompilations": self._compilation.num_recompilations,
-        }
-
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -206,7 +118,9 @@ class TamiyoCallback(L.Callback):
         if stage == "fit" and self.config.policy == "off":
             check_watching(trainer)
         elif stage == "fit":
-            check_trainer(trainer, TamiyoCallback)  # first, because it looks at what the module could do before
+            check_trainer(
+                trainer, TamiyoCallback
+            )  # first, because it looks at what the module could do before
         follow_state_dict(pl_module)
         self._stage = stage
         if stage == "fit":
@@ -247,7 +161,9 @@ class TamiyoCallback(L.Callback):
         self._last_step = trainer.global_step
         restored, self._restored = self._restored, None
         if restored is None and self._controller is not None and not same_run:
-            self.run_id = uuid.uuid4().hex[:12]  # a run of its own, whose events may stand in the same journal
+            self.run_id = uuid.uuid4().hex[
+                :12
+            ]  # a run of its own, whose events may stand in the same journal
         self._records = Records(
             self.config,
             self.run_id,
@@ -437,9 +353,6 @@ class TamiyoCallback(L.Callback):
     def _sync_averages(self) -> None:
         if self._averages is not None:
             self._averages.sync()
-
-    def _request(self, decision: Decision) -> None:
-        self._requests.append(decision)
 
     def _take_up(self, module: L.LightningModule, restored: Mapping[str, Any]) -> None:
         """Be where the checkpoint was written."""
