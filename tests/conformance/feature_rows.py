@@ -122,9 +122,24 @@ PROCESSES = (
         _DISTRIBUTED + "test_forked_processes_need_a_module_that_takes_its_seeds_back",
     ),
     Feature(
-        "FSDP, `ModelParallelStrategy`, DeepSpeed, XLA",
+        "`policy='off'` under DDP",
+        "works",
+        "watches on rank 0, without a collective of its own",
+        _DISTRIBUTED + "test_watching_has_no_collective_of_its_own_and_growth_none_at_ordinary_steps",
+    ),
+    Feature(
+        "FSDP, `ModelParallelStrategy`, DeepSpeed",
         "refused",
-        "use DDP or one device; `policy='off'` watches",
+        "watching too, as parameters are sharded at the start (FSDP1 and DeepSpeed not run); use DDP or one device",
+        _REFUSED_STRATEGY,
+    ),
+    Feature(
+        "XLA and other strategies", "refused", "nobody has tried; `policy='off'` watches", _REFUSED_STRATEGY
+    ),
+    Feature(
+        "DDP's `ddp_comm_state` (PowerSGD, PostLocalSGD)",
+        "refused",
+        "its hook remembers DDP's buckets; leave it out",
         _REFUSED_STRATEGY,
     ),
 )
@@ -181,6 +196,12 @@ MODELS = (
         "works",
         "`save_pretrained`, `from_pretrained` without esper, equal within 1e-5, generates alike",
         _PRETRAINED + "test_without_esper_it_loads_and_says_the_same",
+    ),
+    Feature(
+        "`bottleneck`, `attention`, `norm`, `shortcut` in such an export; blocks widened unequally",
+        "refused",
+        "before anything is written; `esper.export` keeps them, `fill=True` fills up",
+        _PRETRAINED + "test_what_is_none_of_its_kind_is_refused_with_the_seeds_in_the_way",
     ),
     Feature(
         "seeds as adapters of a frozen encoder",
