@@ -236,7 +236,9 @@ def _parse_growth(config: Mapping[str, Any]) -> TamiyoConfig:
     name, options = policy.pop("name", None), policy.pop("options", None) or {}
     sections = {key: kasmina.pop(key, {}) for key in ("lifecycle", "budget", "probes")}
     _known("policy", policy, ("window", "finish"), also=("name", "options"))
-    _known("kasmina", kasmina, ("birth_lr_multiplier", "seed_lr_multiplier", "widen_start"), also=tuple(sections))
+    _known(
+        "kasmina", kasmina, ("birth_lr_multiplier", "seed_lr_multiplier", "widen_start"), also=tuple(sections)
+    )
     make_policy(name, **options)
     return build_config(
         policy=name,

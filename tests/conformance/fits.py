@@ -87,7 +87,9 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")  # what Lightning has to say about tiny runs
         warnings.filterwarnings("ignore", "Checkpoint directory")
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own copies of quantised tensors
+        warnings.filterwarnings(
+            "ignore", "TypedStorage is deprecated"
+        )  # torch's own copies of quantised tensors
         runner = L.Trainer(
             max_epochs=epochs,
             accelerator="cpu",

@@ -12,7 +12,7 @@ from esper.hosts import CNN, GPT, MLP, CNNConfig, GPTConfig, MLPConfig
 from esper.kasmina.body import attach, mean_output
 from esper.kasmina.find_sites import find_sites
 from esper.kasmina.topology import ModelTopology
-from esper.kasmina.trace import Tracer, trace
+from esper.kasmina.trace import trace
 
 
 def topology_of(model: nn.Module, x: Tensor) -> ModelTopology:
