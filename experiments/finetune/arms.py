@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,14 @@ LAYERS = ["query", "value"]
 BATCH = 32
 WARMUP = 0.1
 
+# Rank by rank, one seed a step, until the budget is used up.
+RANDOM = [
+    "policy=random", "kasmina.budget.max_parameters_ratio=1.6494", "policy.window=[0,0.6]",
+    "policy.options.num_events=60", "policy.options.start=0", "policy.options.end=0",
+    "policy.options.blueprints=[lowrank]", "kasmina.probes.decision_interval=0.005",
+    "kasmina.lifecycle.min_holding_steps=400",  # 34 births, each judged apart, would take twice the training
+]  # fmt: skip
+
 # What each esper arm changes of conf/experiment/finetune_clinc.yaml.
 ESPER = {
     "probe": ["policy=off"],
@@ -36,21 +43,18 @@ ESPER = {
         "kasmina.probes.decision_interval=0.01",
     ],
     "uniform, all layers": ["policy=uniform", "kasmina.budget.max_parameters_ratio=1.7185"],
-    "uniform, bottleneck": ["policy.options.blueprints=[bottleneck]", "policy.options.layers=[attention.output.dense]"],
-    "uniform, isolated": ["kasmina.lifecycle.mode=isolated", "+kasmina.lifecycle.min_training_steps=20",
+    "uniform, bottleneck": ["policy.options.blueprints=[bottleneck]", "policy.options.layers=[attention.output.dense]",
+                            "kasmina.budget.max_parameters_ratio=1.6393", "kasmina.seed_lr_multiplier=0.25"],
+    "uniform, isolated": ["kasmina.lifecycle.mode=isolated", "kasmina.seed_lr_multiplier=0.25",
+                          "+kasmina.lifecycle.min_training_steps=20",
                           "+kasmina.lifecycle.blend_steps=20"],
-    "random": [
-        "policy=random", "kasmina.budget.max_parameters_ratio=1.6494", "policy.window=[0,0.6]",
-        "policy.options.num_events=60", "policy.options.start=0",
-        "policy.options.end=0", "policy.options.blueprints=[lowrank]", "kasmina.probes.decision_interval=0.005",
-        "kasmina.lifecycle.min_holding_steps=400",  # 34 births, each judged apart, would take twice the training
-    ],
+    "random": RANDOM,
+    "random, slower": [*RANDOM, "kasmina.seed_lr_multiplier=0.25"],
     "expressivity": [
         "policy=expressivity", "policy.window=[0,0.5]", "policy.options.num_events=2", "policy.options.start=0",
         "policy.options.end=0.1", "policy.options.min_tokens_per_parameter=0",
         "kasmina.budget.max_scoring_fraction=1.0", "kasmina.probes.decision_interval=0.02",
     ],
-    "dimensions": ["policy=dimensions", "policy.window=[0,0.5]", "policy.options.start=0", "policy.options.end=0.1"],
 }  # fmt: skip
 PEFT = ("LoRA", "LoRA, slower", "AdaLoRA")
 
@@ -215,5 +219,10 @@ def used_by_adalora(module: ClassifierModule) -> int:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0
+    """Largest resident size of this process so far (Linux).
+
+    Not ``ru_maxrss``: a child process begins with its parent's.
+    """
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024.0

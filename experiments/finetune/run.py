@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,21 +37,29 @@ from esper.report.statistics import paired_difference
 from esper.report.summary import collect_versions
 
 MAIN = (
-    "LoRA", "uniform", "AdaLoRA", "uniform, slower", "LoRA, slower", "random", "uniform while it pays", "probe",
+    "LoRA", "uniform", "AdaLoRA", "uniform, slower", "LoRA, slower", "random",
+    "random, slower", "uniform while it pays", "probe",
 )  # fmt: skip
-VARIANTS = ("expressivity", "uniform, all layers", "uniform, bottleneck", "uniform, isolated", "dimensions")
+VARIANTS = ("expressivity", "uniform, all layers", "uniform, bottleneck", "uniform, isolated")
 SEARCHED = ("probe", "LoRA", "AdaLoRA", "uniform", "LoRA, slower", "uniform, slower")
-BORROWED = {"expressivity": "probe"}
+BORROWED = {
+    "expressivity": "probe",
+    "random, slower": "uniform, slower",
+    "uniform, bottleneck": "uniform, slower",
+    "uniform, isolated": "uniform, slower",
+}
 """Arms that are not searched take the rate of ``uniform``: theirs are the same adapters elsewhere, or later.
 ``expressivity`` finds no site that clears its noise floor here, so that its head is all that it trains."""
 RATES = (0.004, 0.008, 0.016)
+SLOWER_RATES = (0.008, 0.016, 0.032)
+"""Where the adapters have a quarter of the rate, it is the head that sets it."""
 SEEDS = (0, 1, 2, 3, 4)
 SEARCH_SEED = 100
 FEW = 10
 STEPS = 94
 """Two epochs of 1500 sentences in batches of 32."""
 FULL_STEPS = 469
-TIMED = ("LoRA", "AdaLoRA", "uniform", "probe")
+TIMED = ("LoRA", "AdaLoRA", "uniform, slower", "probe")
 
 
 class Runs:
@@ -98,7 +106,8 @@ def search(runs: Runs, data: Data, names: Sequence[str]) -> dict[str, float]:
     """The best rate of each arm on the validation split; where it lies at the edge, one further."""
     best = {}
     for arm in names:
-        tried = {lr: runs.train("search", arm, lr, SEARCH_SEED, STEPS, "val", data) for lr in RATES}
+        rates = SLOWER_RATES if arm.endswith("slower") else RATES
+        tried = {lr: runs.train("search", arm, lr, SEARCH_SEED, STEPS, "val", data) for lr in rates}
         chosen = max(tried, key=lambda lr: (tried[lr]["accuracy"], -tried[lr]["loss"]))
         while chosen in (min(tried), max(tried)):
             further = chosen * 2 if chosen == max(tried) else chosen / 2
@@ -130,7 +139,7 @@ def timing(
     runs.add({"phase": "time", "blocks": times})
 
 
-def memory(runs: Runs, names: tuple[str, ...]) -> None:
+def memory(runs: Runs, names: Sequence[str]) -> None:
     """Peak resident size of a fresh process that trains 25 steps."""
     for arm in names:
         if runs.get(phase="memory", arm=arm) is None:
@@ -191,21 +200,30 @@ def summarise(runs: Runs) -> dict[str, Any]:
 
 
 def _step_ratios(runs: Runs) -> dict[str, dict[str, float]]:
-    """Median over pairs of neighbouring blocks of the ratio of their median steps."""
+    """Ratios to LoRA of the median steps of neighbouring blocks: their median; and of all steps' sums.
+
+    ``young`` is before fossilisation (steps 10 to 30), ``later`` after it (from step 40), ``all`` has the gates'
+    measurements in it, but not the first ten steps with trace and births.
+    """
     record = runs.get(phase="time")
     if record is None:
         return {}
-    blocks = {arm: [sorted(b)[len(b) // 2] for b in found] for arm, found in record["blocks"].items()}
+    blocks: dict[str, list[list[float]]] = record["blocks"]
 
     def ratio(arm: str, chosen: slice) -> float:
         pairs = zip(blocks[arm][chosen], blocks["LoRA"][chosen], strict=True)
-        ratios = sorted(a / b for a, b in pairs)
-        middle = len(ratios) // 2
-        return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
+        return median(median(a) / median(b) for a, b in pairs)
 
-    return {
-        arm: {"young": ratio(arm, slice(0, 2)), "fossilised": ratio(arm, slice(3, None))} for arm in blocks
-    } | {"LoRA_step_ms": {"median": 1e3 * sorted(blocks["LoRA"])[len(blocks["LoRA"]) // 2]}}
+    found = {
+        arm: {
+            "young": ratio(arm, slice(0, 2)),
+            "later": ratio(arm, slice(3, None)),
+            "all": sum(map(sum, times)) / sum(map(sum, blocks["LoRA"])),
+            "step_ms": 1e3 * median(median(block) for block in times),
+        }
+        for arm, times in blocks.items()
+    }
+    return found
 
 
 @contextlib.contextmanager
@@ -242,14 +260,14 @@ def main() -> None:
         if "time" in phases:
             timing(runs, Data(None), rates)  # one long epoch: turns are told by the number of the batch
         if "memory" in phases:
-            memory(runs, MAIN)
+            memory(runs, TIMED)
         if "variants" in phases:
             for seed in SEEDS:
                 for arm in (v for v in VARIANTS if v in chosen):
                     runs.train("final", arm, rates[arm], seed, STEPS, "test", few)
         if "full" in phases:
             everything = Data(None)
-            for arm in ("probe", "LoRA", "AdaLoRA", "uniform"):
+            for arm in (a for a in ("uniform, slower", "LoRA, slower", "AdaLoRA", "probe") if a in chosen):
                 runs.train("full", arm, rates[arm], 0, FULL_STEPS, "test", everything)
         if "summary" in phases:
             content = {
