@@ -179,17 +179,22 @@ class ExpressivityPolicy(EventPolicy[ExpressivityConfig]):
         narrowest = sorted(necks, key=lambda name: necks[name])[:_MOST_TOLD]
         numbers |= {f"neck:{name}": necks[name] for name in narrowest}
         lead, others = self._candidates(state, layers, in_series)
+        deep = len(others) > self.config.max_sites
         others = self._sampled(state, others, necks)
         if not lead and not others:
             return Pause("no bypass is available", numbers)
         seen: list[_Candidate] = []
         problem = ""
         small = False
-        # The way around is tried alone first: if it clears the floor, the rest need not be paid for.
+        together = _score(state, [*lead, *others], self.config.min_size) if deep and lead else None
+        # The way around is tried alone first: if it clears the floor, the rest need not be paid for. Only through
+        # so many layers a second pass costs more than the scores of a sample.
         for candidates in (lead, others):
             if not candidates:
                 continue
-            scored, problem = _score(state, candidates, self.config.min_size)
+            scored, problem = together or _score(state, candidates, self.config.min_size)
+            names = {candidate.site.name for candidate in candidates}
+            scored = [candidate for candidate in scored if candidate.site.name in names]
             seen += scored
             numbers |= _score_numbers(scored)
             good = sorted(filter(self._clears, scored), key=lambda c: -c.excess)
