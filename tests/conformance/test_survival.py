@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from esper import blueprint
 from esper.callbacks.checkpoint_io import AtomicCheckpointIO
 from esper.errors import CheckpointError
+from esper.kasmina.blueprints.registry import _REGISTRY
 from esper.kasmina.loading import read_checkpoint
 from esper.kasmina.sites import BuildContext
 from esper.kasmina.structure import all_seeds
@@ -160,7 +161,16 @@ class _Interrupting(nn.Linear):
         return super().named_parameters(*args, **kwargs)
 
 
-@blueprint("interrupting", kinds=("bypass",))
+@pytest.fixture
+def interrupting() -> Iterator[None]:
+    """The blueprint ``interrupting``, for one test: every other would meet it at its sites."""
+    before = dict(_REGISTRY)
+    blueprint("interrupting", kinds=("bypass",))(_interrupting)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
+
+
 def _interrupting(context: BuildContext, size: int) -> nn.Module:
     source, target = context.source_layer, context.target_layer
     assert isinstance(source, nn.Linear)
@@ -175,7 +185,7 @@ class _Arm(L.Callback):
         _Interrupting.armed = trainer.global_step < 12
 
 
-def test_ctrl_c_waits_until_a_seed_is_registered(tmp_path: Path) -> None:
+def test_ctrl_c_waits_until_a_seed_is_registered(interrupting: None, tmp_path: Path) -> None:
     def run(folder: Path, *callbacks: L.Callback, checkpoint: Path | None = None) -> L.LightningModule:
         module = mlp()
         grower = growing(folder, (0.3, EVENTS[0][1], "interrupting"))

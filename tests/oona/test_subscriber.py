@@ -24,6 +24,7 @@ def sender() -> Iterator[zmq.Socket[bytes]]:
         socket.linger = 0
         socket.bind(ADDRESS)
         yield socket
+        socket.unbind(ADDRESS)  # at once; closing does it some time later
 
 
 def test_what_is_refused_is_counted_logged_once_and_dropped(
