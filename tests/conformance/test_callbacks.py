@@ -240,6 +240,7 @@ def test_each_change_of_structure_is_told_beside_a_model_summary(summary, tmp_pa
     script = Script({10: lambda *_: grower.cull("s1")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "160")
+        patch.setattr("rich._console", None)  # the one that an earlier test made has its own width
         fit(trainer(tmp_path, grower, look, script, *([summary()] if summary else []), epochs=1), module)
     before, grown, after = sizes[0], max(sizes), sizes[-1]
     assert before == after < grown
