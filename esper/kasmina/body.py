@@ -89,7 +89,10 @@ class Body:
     @property
     def flops(self) -> int:
         """FLOPs of one forward pass of one sample: host and the seeds that run."""
-        return self._host_flops + sum(self.cost(s.site.name, s.blueprint, s.size).flops for s in self.seeds)
+        seeds = self.seeds
+        if not seeds:  # asked for at every batch
+            return self._host_flops
+        return self._host_flops + sum(self.cost(s.site.name, s.blueprint, s.size).flops for s in seeds)
 
     def site(self, name: str | Site) -> Site:
         """The site called ``name``.

@@ -32,6 +32,9 @@ from esper.tamiyo.warden import Warden
 
 __all__ = ["Controller"]
 
+_MANY_LOSSES = 64
+"""Losses that are read at once."""
+
 
 class Controller:
     """Grows one body over one run.
@@ -68,6 +71,7 @@ class Controller:
         self.pending: list[Decision] = []
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
+        self._losses: list[Tensor] = []
         self._next_decision = 0
         self._total_steps = run.total_steps
         self._scorer = Scorer(config, body, run, self.ledger, recorder, self.generator)
@@ -87,11 +91,21 @@ class Controller:
         """Take note of one batch of training (several may make one optimizer step)."""
         self.ledger.charge_step(self.body.flops, num_samples)
         if loss is not None:
-            loss = loss.detach()
-            # Off the CPU it stays on its device; on it a number costs a fraction of what a sum of tensors does.
-            self._loss_sum = self._loss_sum + (float(loss) if loss.device.type == "cpu" else loss.float())
+            if loss.requires_grad:
+                loss = loss.detach()
+            if loss.is_cpu:  # read later, many at once, but added in their order: reading one takes 2 µs
+                self._losses.append(loss if loss.dim() == 0 else loss.reshape(()))
+                if len(self._losses) == _MANY_LOSSES:
+                    self._add_losses()
+            else:  # elsewhere the sum stays on its device, as reading it would wait for the step
+                self._loss_sum = self._loss_sum + loss.float()
             self._loss_count += 1
             self.warden.note_loss(loss)
+
+    def _add_losses(self) -> None:
+        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+            self._loss_sum = self._loss_sum + loss
+        self._losses.clear()
 
     def note_health(self, signals: Sequence[HealthSignal]) -> None:
         """Take the signals of a sampled step; they are published as one message."""
@@ -150,7 +164,7 @@ class Controller:
 
     def _nothing_due(self, step: int) -> bool:
         """Whether this is one of the many steps of an ungrown host at which there is nothing to do."""
-        return not (self._always_due() or step >= self._next_decision or self.config.governor.check_due(step))
+        return not (self._always_due() or step >= self._next_decision or self.warden.check_due(step))
 
     def _always_due(self) -> bool:
         return bool(
@@ -167,7 +181,7 @@ class Controller:
     def _requests(self, step: int) -> list[Decision]:
         """What was asked for from outside; on several ranks rank 0 is asked, at steps at which all of them look."""
         ranks = self.run.ranks
-        if ranks.size > 1 and not (step >= self._next_decision or self.config.governor.check_due(step)):
+        if ranks.size > 1 and not (step >= self._next_decision or self.warden.check_due(step)):
             return []
         pending, self.pending = self.pending, []
         if ranks.size == 1:
@@ -192,6 +206,7 @@ class Controller:
             return [Decision(action="wait", reason=reason, policy=self.policy.name)]
 
     def _state(self, step: int, epoch: int) -> GrowthState:
+        self._add_losses()
         begin, end = self.config.window
         fraction = step / max(1, self._total_steps)
         ledger, body = self.ledger, self.body
@@ -325,6 +340,7 @@ class Controller:
         return seed
 
     def _publish_performance(self, step: int, epoch: int) -> None:
+        self._add_losses()
         loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
         self.recorder.performance(
             ModelPerformance(
@@ -359,6 +375,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on besides model and optimizers; plain types and tensors."""
+        self._add_losses()
         return {
             "body": self.body.state_dict(),
             "ledger": self.ledger.state_dict(),

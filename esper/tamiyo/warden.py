@@ -35,8 +35,8 @@ class Warden:
         ledger: Keeps embargoes.
         gatekeeper: Culls seeds.
         recorder: Told of every intervention.
-        grows: Whether the policy may grow anything; else gradients are of interest only once something was
-            grown by hand.
+        grows: Whether the policy may grow anything; else the run is watched only once something was grown by
+            hand.
     """
 
     def __init__(
@@ -64,19 +64,24 @@ class Warden:
 
     def wants_gradients(self, step: int) -> bool:
         """Whether the gradients of optimizer step ``step`` will be judged."""
-        return self._watching_gradients() and step % self._gradient_interval() == 0
+        return self._watching() and step % self._gradient_interval() == 0
 
     def next_gradients(self, step: int) -> int:
         """First step after ``step`` whose gradients will be judged, if nothing is adapted before."""
         interval = self._gradient_interval()
-        return (step // interval + 1) * interval if self._watching_gradients() else sys.maxsize
+        return (step // interval + 1) * interval if self._watching() else sys.maxsize
+
+    def check_due(self, step: int) -> bool:
+        """Whether a check is due after optimizer step ``step``."""
+        return self._watching() and self.governor.config.check_due(step)
 
     def next_check(self, step: int) -> int:
-        """First step after ``step`` at which a check is due."""
+        """First step after ``step`` at which a check is due, if nothing is adapted before."""
         interval = self.governor.config.check_interval_steps
-        return (step // interval + 1) * interval
+        return (step // interval + 1) * interval if self._watching() else sys.maxsize
 
-    def _watching_gradients(self) -> bool:
+    def _watching(self) -> bool:
+        """Whether there is, or may come, anything that could be undone."""
         return self._grows or bool(self._body.seeds)
 
     def _gradient_interval(self) -> int:
@@ -94,7 +99,7 @@ class Warden:
 
     def inspect(self, step: int) -> None:
         """Check the run when a check is due, and act on the answer."""
-        if not self.governor.config.check_due(step):
+        if not self.check_due(step):
             return
         seen = [None if x is None else float(x) for x in (self._loss, self._gradient_norm)]
         loss, norm = self._run.ranks.measure("the training loss", lambda: seen)
