@@ -24,7 +24,7 @@ from esper.kasmina.layer import SeedLayer, primary, seeds_of, set_observer
 from esper.kasmina.linear_like import features
 from esper.kasmina.sampling import sample_elements, sample_rows
 from esper.kasmina.seed import Seed
-from esper.kasmina.statistics import LayerSample, LayerStatistics, drain, summarise
+from esper.kasmina.statistics import LayerSample, LayerStatistics, drain, summarise, tensor_norm
 from esper.messages import HealthSignal
 from esper.signal_table import SignalTable
 
@@ -138,11 +138,11 @@ class ProbeRunner:
         """Take the gradient norms, before clipping changes the gradients and zeroing drops them."""
         for probe in self._probes.values():
             grads = [p.grad for p in probe.layer._parameters.values() if p is not None and p.grad is not None]
-            probe.gradient_norms = [_norm(grad) for grad in grads]
+            probe.gradient_norms = [tensor_norm(grad) for grad in grads]
         if self._probes:
             for seed in self._body.seeds:
                 grads = [p.grad for p in seed.parameters() if p.grad is not None]
-                self._seed_gradients[seed.seed_id] = [_norm(grad) for grad in grads]
+                self._seed_gradients[seed.seed_id] = [tensor_norm(grad) for grad in grads]
 
     def end(
         self, *, step: int, epoch: int, ready: Iterable[str] = (), scores: dict[str, float] | None = None
@@ -272,10 +272,6 @@ def _weight(layer: nn.Module) -> Tensor:
     weight = layer._parameters["weight"]
     assert weight is not None
     return weight
-
-
-def _norm(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def _plain(ops: tuple[str, ...]) -> bool:

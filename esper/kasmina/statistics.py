@@ -37,6 +37,7 @@ __all__ = [
     "nonfinite_count",
     "rank_fraction",
     "summarise",
+    "tensor_norm",
     "update_ratio",
 ]
 
@@ -344,7 +345,7 @@ def _gradient_snr(batch: _Batch) -> Tensor:
 def _norms(tensors: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
     """Euclidean norm of each group of tensors together, ``[L]`` float64; 0 for an empty group."""
     device = _device_for(device)
-    flat = [_norm(tensor.detach()).to(device) for group in tensors for tensor in group]
+    flat = [tensor_norm(tensor).to(device) for group in tensors for tensor in group]
     result = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     if flat:
         owner = torch.tensor([i for i, group in enumerate(tensors) for _ in group], device=device)
@@ -369,8 +370,9 @@ def _stack_flat(tensors: Sequence[Tensor | None], device: torch.device) -> Tenso
     return rows
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Norm of one tensor; of a single number its absolute value, in whatever precision it has."""
+def tensor_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of one tensor in float32 or better; of a single number its absolute value as it is."""
+    x = x.detach()
     if x.dim() == 0:
         return x.abs()
     return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -118,7 +118,8 @@ PROCESSES = (
     Feature(
         "`ddp_spawn`, `ddp_fork`, `ddp_notebook`",
         "works",
-        "with `esper.GrowableMixin`; refused without it, because the weights come back without seeds",
+        "with `esper.GrowableMixin`; refused without it, because the weights come back without seeds (fork in the "
+        "tests, spawn tried once by hand)",
         _DISTRIBUTED + "test_forked_processes_need_a_module_that_takes_its_seeds_back",
     ),
     Feature(
