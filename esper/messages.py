@@ -48,7 +48,7 @@ Stage = Literal[
 STAGES: tuple[Stage, ...] = (
     "dormant", "germinated", "training", "blending", "holding", "fossilized", "culled", "embargoed",
 )  # fmt: skip
-Action = Literal["wait", "germinate", "cull", "recycle"]
+Action = Literal["wait", "germinate", "cull", "recycle", "hold"]
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Correlation = Annotated[float, Meta(ge=-1.0, le=1.0)]
@@ -196,7 +196,8 @@ class ModelPerformance(msgspec.Struct, tag="performance", frozen=True):
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy answers at a decision point, and the numbers it was made from.
 
-    ``site`` is a site name for ``germinate``, a seed id for ``cull``, a layer name for ``recycle``.
+    ``site`` is a site name for ``germinate``, a seed id for ``cull`` and ``hold``, a layer name for ``recycle``.
+    ``hold`` keeps a seed that is observed at full strength from fossilising before the next decision point.
     """
 
     action: Action

@@ -84,6 +84,7 @@ def _decision(event: DecisionRecord) -> Sentence:
         "germinate": f"{blueprint} at {decision.site}",
         "cull": decision.site,
         "recycle": f"dormant units of {decision.site}",
+        "hold": decision.site,
     }[decision.action]
     why = _why(decision.reason, decision.numbers)
     if decision.action == "wait":
@@ -94,7 +95,7 @@ def _decision(event: DecisionRecord) -> Sentence:
             "refused",
             f"to {decision.action} {what} — {refused} (wanted because: {decision.reason or '?'})",
         )
-    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled"}[decision.action]
+    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled", "hold": "held"}[decision.action]
     return done, what + why
 
 

@@ -299,6 +299,9 @@ class Controller:
         if decision.action == "cull":
             self.gatekeeper.cull(decision.site, decision.reason, step)
             return decision, decision.site
+        if decision.action == "hold":
+            self.gatekeeper.hold(decision.site, self._next_decision)
+            return decision, decision.site
         if decision.action == "recycle":
             decision = self._recycle(decision, step)
         return decision, ""

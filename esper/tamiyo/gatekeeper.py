@@ -103,6 +103,11 @@ class Gatekeeper:
         seed = next(s for s in self._body.seeds if s.seed_id == seed_id)
         self._apply(seed, Transition(seed.stage, "culled", reason, dict(measurements or {})))
 
+    def hold(self, seed_id: str, until_step: int) -> None:
+        """Keep a seed that is holding from fossilising up to and including ``until_step``; it may still be culled."""
+        seed = next(s for s in self._body.seeds if s.seed_id == seed_id)
+        seed.state.facts["held_until_step"] = float(until_step)
+
     def forget(self, seed: Seed, reason: str) -> None:
         """Note that a rollback has to take a seed away, whatever its stage."""
         self._apply(seed, Transition(seed.stage, "culled", reason), force=True)
@@ -134,7 +139,8 @@ class Gatekeeper:
 
     def _step_through(self, seed: Seed) -> None:
         transition = next_transition(seed.stage, self._facts(seed), self.config)
-        if transition is not None:
+        held = self._recorder.step <= seed.record.facts.get("held_until_step", -1.0)
+        if transition is not None and not (held and transition.target == "fossilized"):
             self._apply(seed, transition)
 
     def _measurement_due(self, seed: Seed) -> bool:

@@ -28,8 +28,12 @@ def refusal(
         if halted:
             return f"the governor has stopped growth: {halted}"
         return _refuse_germination(decision, body, ledger, step, total_steps, epoch)
-    if decision.action == "cull" and all(seed.seed_id != decision.site for seed in body.seeds):
-        return f"there is no seed {decision.site!r}"
+    if decision.action in ("cull", "hold"):
+        seed = next((seed for seed in body.seeds if seed.seed_id == decision.site), None)
+        if seed is None:
+            return f"there is no seed {decision.site!r}"
+        if decision.action == "hold" and seed.stage != "holding":
+            return f"seed {decision.site} is {seed.stage}, and only one that is holding can be held"
     if decision.action == "recycle" and decision.site not in body.topology.layer_names:
         return f"there is no layer {decision.site!r}"
     return ""

@@ -74,6 +74,24 @@ def test_contributions_are_measured_sparsely_while_a_seed_waits():
     assert cull.measurements["num_measurements"] == 3.0
 
 
+def test_a_held_seed_stays_until_the_next_decision_point_and_no_longer():
+    free, loop = (grow(Loop(total_steps=100, probes={"decision_interval": 0.3})) for _ in range(2))
+    (seed,) = loop.body.seeds
+    loop.controller.request(
+        Decision(action="hold", site=seed.seed_id, reason="it may be a peak", policy="test")
+    )
+    next_decision = loop.controller._next_decision
+    while free.body.seeds[0].stage == "holding":
+        free.run(1)
+        loop.run(1)
+    assert free.step < next_decision
+    assert seed.stage == "holding"
+    while seed.stage == "holding":
+        loop.run(1)
+    assert seed.stage == "fossilized"
+    assert loop.step > next_decision
+
+
 def test_ready_lists_seeds_whose_age_suffices():
     loop = grow(Loop(lifecycle=EAGER | {"min_holding_steps": 8}))
     assert loop.controller.gatekeeper.ready == []

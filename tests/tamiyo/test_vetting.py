@@ -34,6 +34,7 @@ def test_what_fits_passes(action, site, blueprint):
         ("germinate", WIDE, "nonsense", "nonsense"),
         ("germinate", WIDE, "depthwise", "depthwise"),
         ("cull", "s9", "", "there is no seed 's9'"),
+        ("hold", "s9", "", "there is no seed 's9'"),
         ("recycle", "17", "", "there is no layer '17'"),
     ],
 )
