@@ -252,6 +252,8 @@ class TamiyoCallback(ByHand, L.Callback):
         if step >= self._quiet_until or self._requests:
             with uninterrupted():  # a model that is half changed could not be saved
                 self._safe_point(trainer, step)
+        else:
+            controller.warden.pass_by(step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let an average that takes the module's place for validation have the seeds' stages and strengths."""

@@ -14,6 +14,7 @@ from esper.messages import Command, CommandReply, Decision
 from esper.oona.codec import FrameError, decode, encode
 from esper.oona.config import check_address
 from esper.oona.endpoint import Endpoint, inproc_address, new_socket
+from esper.oona.keys import Keys
 from esper.oona.runs import RunInfo, find_runs
 
 __all__ = ["CommandInbox", "InboxStats", "send_command"]
@@ -99,7 +100,7 @@ class CommandInbox(Endpoint):
 
 
 def send_command(
-    target: str | RunInfo, decision: Decision, *, run_id: str = "", timeout_s: float = 10.0
+    target: str | RunInfo, decision: Decision, *, run_id: str = "", timeout_s: float = 10.0, keys: str = ""
 ) -> Command:
     """Ask a running training to carry out a decision.
 
@@ -110,6 +111,7 @@ def send_command(
         decision: what to do.
         run_id: the run at the address.
         timeout_s: how long to wait for the answer, in seconds.
+        keys: folder of CURVE keys for a run that wants them; a :class:`RunInfo` brings its own.
 
     Returns:
         The command as sent. It stands in the run's queue; whether it was applied is told by a
@@ -120,12 +122,15 @@ def send_command(
         MessageError: the run refused the command; the text has its reason.
         TimeoutError: no answer in time; the run may still act on the command later.
     """
-    address, run_id = _command_address(target, run_id)
+    keys = keys or (target.keys if isinstance(target, RunInfo) else "")
+    address, run_id = _command_address(target, run_id, keys)
     command = Command(
         run_id=run_id, command_id=secrets.token_hex(8), decision=decision, timestamp=time.time()
     )
     with new_socket(zmq.REQ) as socket:
         socket.linger = 0
+        if keys:
+            Keys.load(keys).secure_client(socket)
         socket.connect(address)
         socket.send(encode(command))
         if not socket.poll(int(1000 * timeout_s)):
@@ -141,7 +146,7 @@ def send_command(
     return command
 
 
-def _command_address(target: str | RunInfo, run_id: str) -> tuple[str, str]:
+def _command_address(target: str | RunInfo, run_id: str, keys: str) -> tuple[str, str]:
     if isinstance(target, RunInfo):
         if not target.commands:
             raise ConfigError(f"expected run {target.run_id!r} to take commands, but it announces no inbox")
@@ -150,7 +155,7 @@ def _command_address(target: str | RunInfo, run_id: str) -> tuple[str, str]:
         if not run_id:
             raise ConfigError(f"expected run_id beside the address {target!r}: a command names its run")
         if not target.startswith("inproc://"):
-            check_address(target, to_bind=False)
+            check_address(target, to_bind=False, keys=keys)
         return target, run_id
     for run in find_runs():
         if run.run_id == target and run.commands:

@@ -20,6 +20,8 @@ import zmq
 
 from esper.errors import ConfigError
 from esper.oona.config import BusConfig
+from esper.oona.doorman import doorman_of_process
+from esper.oona.keys import Keys
 from esper.oona.runs import Role, announce, reserve
 
 __all__ = ["Endpoint", "inproc_address", "new_socket"]
@@ -119,9 +121,9 @@ class Endpoint:
 
     def _bind(self) -> zmq.Socket[bytes]:
         socket = new_socket(self._socket_type)
-        self._configure(socket)
         leftovers: list[Callable[[], None]] = []
         try:
+            self._configure(socket)
             addresses = [_bind_one(socket, inproc_address(self.run_id, self.role))]
             addresses += self._bind_external(socket, leftovers)
         except BaseException:
@@ -140,6 +142,8 @@ class Endpoint:
         # What is a little too large is read, counted and reported by the codec. This second limit guards
         # memory: beyond it ZeroMQ itself hangs up on the peer.
         socket.setsockopt(zmq.MAXMSGSIZE, _HARD_LIMIT_FACTOR * self.config.max_message_bytes)
+        if self.config.keys:
+            doorman_of_process().guard(socket, Keys.load(self.config.keys))
 
     def _bind_external(self, socket: zmq.Socket[bytes], leftovers: list[Callable[[], None]]) -> list[str]:
         """Bind what other processes connect to, and announce it; ``leftovers`` is what closing removes."""
@@ -157,7 +161,12 @@ class Endpoint:
                 leftovers.append(partial(Path(bound.removeprefix("ipc://")).unlink, missing_ok=True))
             if config.announce and stem is not None:
                 announcement = announce(
-                    stem, role=self.role, run_id=self.run_id, address=bound, run_dir=self.run_dir
+                    stem,
+                    role=self.role,
+                    run_id=self.run_id,
+                    address=_local(bound),
+                    run_dir=self.run_dir,
+                    keys=str(Path(config.keys).absolute()) if config.keys else "",
                 )
                 leftovers.append(announcement.withdraw)
         except (ConfigError, OSError) as error:
@@ -234,6 +243,11 @@ def _bind_one(socket: zmq.Socket[bytes], address: str) -> str:
     bound = socket.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(bound, bytes), f"LAST_ENDPOINT gave {type(bound).__name__}"
     return bound.rstrip(b"\0").decode()
+
+
+def _local(address: str) -> str:
+    """Where an endpoint that is bound to every interface is reached on this machine."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _is_taken(address: str) -> bool:

@@ -39,7 +39,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A running training, as its descriptors tell.
 
     ``telemetry`` and ``commands`` are ZeroMQ endpoints (empty: not offered), ``started`` is in Unix
-    seconds, ``run_dir`` is the folder with the run's ``growth.jsonl`` (empty: none).
+    seconds, ``run_dir`` is the folder with the run's ``growth.jsonl`` (empty: none), ``keys`` the folder of
+    keys without which it answers nobody (empty: none are needed).
     """
 
     run_id: str
@@ -48,6 +49,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: str = ""
     commands: str = ""
     run_dir: str = ""
+    keys: str = ""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +61,7 @@ class _Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     started: float
     run_dir: str = ""
+    keys: str = ""
 
 
 class Announcement:
@@ -100,7 +103,9 @@ def reserve(run_id: str, role: Role) -> Path:
     )
 
 
-def announce(stem: Path, *, role: Role, run_id: str, address: str, run_dir: str = "") -> Announcement:
+def announce(
+    stem: Path, *, role: Role, run_id: str, address: str, run_dir: str = "", keys: str = ""
+) -> Announcement:
     """Publish the descriptor of one endpoint.
 
     Args:
@@ -109,6 +114,7 @@ def announce(stem: Path, *, role: Role, run_id: str, address: str, run_dir: str 
         run_id: the run's name.
         address: the bound endpoint.
         run_dir: the run's folder, or empty.
+        keys: folder of the keys that the endpoint wants, or empty.
 
     Raises:
         OSError: the file cannot be written or locked.
@@ -117,7 +123,13 @@ def announce(stem: Path, *, role: Role, run_id: str, address: str, run_dir: str 
         raise OSError("this operating system has no file locks to announce a run with")
     path = stem.with_name(stem.name + ".json")
     descriptor = _Descriptor(
-        role=role, run_id=run_id, pid=os.getpid(), address=address, started=time.time(), run_dir=run_dir
+        role=role,
+        run_id=run_id,
+        pid=os.getpid(),
+        address=address,
+        started=time.time(),
+        run_dir=run_dir,
+        keys=keys,
     )
     draft = stem.with_name(stem.name + ".draft")
     handle = draft.open("wb")
@@ -148,6 +160,7 @@ def find_runs() -> list[RunInfo]:
             known,
             started=min(known.started, descriptor.started),
             run_dir=known.run_dir or descriptor.run_dir,
+            keys=known.keys or descriptor.keys,
             **{descriptor.role: descriptor.address},
         )
     return sorted(runs.values(), key=lambda run: run.started, reverse=True)

@@ -15,6 +15,7 @@ from esper.messages import TOPICS, Message
 from esper.oona.codec import FrameError, read_frame
 from esper.oona.config import BusConfig, check_address
 from esper.oona.endpoint import inproc_address, new_socket
+from esper.oona.keys import Keys
 from esper.oona.runs import RunInfo
 
 __all__ = ["Subscriber", "SubscriberStats", "telemetry_address"]
@@ -43,24 +44,25 @@ class SubscriberStats:
         return sum(self.rejected.values())
 
 
-def telemetry_address(target: str | RunInfo) -> str:
+def telemetry_address(target: str | RunInfo, keys: str = "") -> str:
     """The endpoint to subscribe to.
 
     Args:
         target: an address (``ipc://``, ``tcp://``, ``inproc://``), the id of a run in this process, or a
             :class:`RunInfo` from :func:`esper.oona.find_runs`.
+        keys: folder of CURVE keys, with which other machines may be reached; empty: none.
 
     Raises:
-        ConfigError: the address is malformed or not loopback, or the run publishes nothing.
+        ConfigError: the address is malformed, or beyond loopback without keys, or the run publishes nothing.
     """
     if isinstance(target, RunInfo):
         if not target.telemetry:
             raise ConfigError(f"expected run {target.run_id!r} to publish telemetry, but it announces none")
-        target = target.telemetry
+        target, keys = target.telemetry, keys or target.keys
     if "://" not in target:
         return inproc_address(target, "telemetry")
     if not target.startswith("inproc://"):
-        check_address(target, to_bind=False)
+        check_address(target, to_bind=False, keys=keys)
     return target
 
 
@@ -74,7 +76,8 @@ class Subscriber:
     Args:
         targets: one or several of what :func:`telemetry_address` takes.
         topics: short names of :data:`esper.messages.TOPICS`; default all.
-        config: ``high_water_mark`` and ``max_message_bytes`` are read; default :class:`BusConfig`.
+        config: ``high_water_mark``, ``max_message_bytes`` and ``keys`` are read; default :class:`BusConfig`. A
+            :class:`RunInfo` brings the keys it needs.
 
     Raises:
         ConfigError: an address or a topic is wrong.
@@ -92,8 +95,10 @@ class Subscriber:
             if name not in TOPICS:
                 raise ConfigError(f"expected topics from {', '.join(TOPICS)}, got {name!r}")
         listed = [targets] if isinstance(targets, str | RunInfo) else list(targets)
-        self.addresses = tuple(telemetry_address(target) for target in listed)
         self.config = config if config is not None else BusConfig()
+        keys = self.config.keys or next((t.keys for t in listed if isinstance(t, RunInfo) and t.keys), "")
+        self.addresses = tuple(telemetry_address(target, keys) for target in listed)
+        loaded = Keys.load(keys) if keys else None
         self.stats = SubscriberStats()
         self._next: dict[tuple[bytes, str], int] = {}
         self._socket = new_socket(zmq.SUB)
@@ -102,6 +107,8 @@ class Subscriber:
         # no choice means everything, also topics this version does not know: those are counted
         for prefix in [TOPICS[name].encode() + b"\0" for name in chosen] or [b""]:
             self._socket.subscribe(prefix)
+        if loaded is not None:
+            loaded.secure_client(self._socket)
         for address in self.addresses:
             self._socket.connect(address)
 

@@ -132,6 +132,7 @@ class Controller:
         """
         self.recorder.step, self.recorder.epoch = step, epoch
         if self._nothing_due(step):
+            self.warden.pass_by(step)
             return
         with self.run.ranks.together():
             self._act(step, epoch)
@@ -157,7 +158,10 @@ class Controller:
             self.run.structure_changed()
 
     def next_due(self, step: int) -> int:
-        """First step after ``step`` at which :meth:`safe_point` has anything to do."""
+        """First step after ``step`` at which :meth:`safe_point` has anything to do.
+
+        Until then the warden may be asked to :meth:`~Warden.pass_by` each step instead.
+        """
         if self._always_due():
             return step + 1
         return max(step + 1, min(self._next_decision, self.warden.next_check(step)))

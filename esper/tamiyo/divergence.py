@@ -28,8 +28,8 @@ class GovernorConfig:
 
     Attributes:
         check_interval_steps: Optimizer steps between checks.
-        idle_gradient_checks: Every so many checks look at the gradients too while nothing can be undone; every
-            check does while there is a snapshot or a seed that is not fossilised.
+        idle_gradient_checks: While nothing can be undone, so many checks are judged at once, the last of them by the
+            gradients too; each is at its own step while there is a snapshot or a seed that is not fossilised.
         window: Good checks that a new one is compared with.
         min_checks: Good checks before anything but a NaN or an inf can be bad.
         loss_factor: A loss this many times the recent median is exploding, if also

@@ -51,6 +51,7 @@ class Warden:
         self._recorder = recorder
         self._grows = grows
         self._loss: Tensor | None = None
+        self._unjudged: list[Tensor] = []
         self._gradient_norm: Tensor | None = None
 
     @property
@@ -72,13 +73,21 @@ class Warden:
         return (step // interval + 1) * interval if self._watching() else sys.maxsize
 
     def check_due(self, step: int) -> bool:
-        """Whether a check is due after optimizer step ``step``."""
-        return self._watching() and self.governor.config.check_due(step)
+        """Whether a check after optimizer step ``step`` has to be judged there and then."""
+        return self._watching() and step % self._judging_interval() == 0
 
     def next_check(self, step: int) -> int:
-        """First step after ``step`` at which a check is due, if nothing is adapted before."""
-        interval = self.governor.config.check_interval_steps
+        """First step after ``step`` at which a check has to be judged, if nothing is adapted before."""
+        interval = self._judging_interval()
         return (step // interval + 1) * interval if self._watching() else sys.maxsize
+
+    def pass_by(self, step: int) -> None:
+        """Take note of a check that falls on a step at which nothing is due: :meth:`inspect` judges it later.
+
+        While nothing can be undone a verdict has time: it has to be known before the next adaptation.
+        """
+        if self._loss is not None and self.governor.config.check_due(step) and self._watching():
+            self._unjudged.append(self._loss)
 
     def _watching(self) -> bool:
         """Whether there is, or may come, anything that could be undone."""
@@ -90,6 +99,11 @@ class Warden:
         undoable = self.governor.snapshot is not None or any(s.stage != "fossilized" for s in body.seeds)
         return config.check_interval_steps * (1 if undoable else config.idle_gradient_checks)
 
+    def _judging_interval(self) -> int:
+        """Several processes judge every check at once, as they do it together."""
+        alone = self._run.ranks.size == 1
+        return self._gradient_interval() if alone else self.governor.config.check_interval_steps
+
     def note_gradients(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Take the norm of the host's gradients, seeds left out, before they are clipped."""
         grads = [
@@ -98,14 +112,20 @@ class Warden:
         self._gradient_norm = nn.utils.get_total_norm(grads) if grads else None
 
     def inspect(self, step: int) -> None:
-        """Check the run when a check is due, and act on the answer."""
-        if not self.check_due(step):
+        """Judge the checks that were passed by, and that of this step if one falls on it; act on the answers."""
+        if self._unjudged:
+            passed_by, self._unjudged = self._unjudged, []
+            for value in passed_by:
+                self._judge(step, float(value), None)
+        if not (self._watching() and self.governor.config.check_due(step)):
             return
         seen = [None if x is None else float(x) for x in (self._loss, self._gradient_norm)]
         loss, norm = self._run.ranks.measure("the training loss", lambda: seen)
         self._loss = self._gradient_norm = None
-        if loss is None:
-            return
+        if loss is not None:
+            self._judge(step, loss, norm)
+
+    def _judge(self, step: int, loss: float, norm: float | None) -> None:
         verdict = self.governor.check(step, loss, norm)
         if verdict.kind != "diverged":
             return
@@ -179,8 +199,9 @@ class Warden:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next check depends on; plain types and tensors."""
-        return {"governor": self.governor.state_dict()}
+        return {"governor": self.governor.state_dict(), "unjudged": [float(loss) for loss in self._unjudged]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take on what :meth:`state_dict` returned."""
         self.governor.load_state_dict(state["governor"])
+        self._unjudged = [torch.tensor(loss, dtype=torch.float64) for loss in state["unjudged"]]

@@ -117,6 +117,33 @@ def test_gradients_are_looked_at_every_check_only_while_something_can_be_undone(
     assert warden.next_gradients(2) == 4
 
 
+def test_checks_that_were_passed_by_are_judged_before_anything_is_adapted():
+    late, eager = (
+        Loop(governor=QUICK | {"idle_gradient_checks": checks}, probes={"decision_interval": 0.5})
+        for checks in (7, 1)
+    )
+    warden = late.controller.warden
+    judged = []
+    for step in range(1, 15):
+        late.run(1)
+        eager.run(1)
+        judged.append(len(warden.governor.state_dict()["detector"]["losses"]))
+        assert len(warden._unjudged) == step - judged[-1]
+    assert judged == [1] * 6 + [7] * 7 + [14]  # the first step decides, so it judges
+    known = [loop.controller.warden.state_dict()["governor"]["detector"] for loop in (late, eager)]
+    assert known[0]["losses"] == known[1]["losses"]
+    late.run(1)
+    warden._unjudged = [torch.tensor(float("nan"))]
+    resumed = Loop(governor=QUICK)
+    resumed.controller.warden.load_state_dict(warden.state_dict())
+    for loop in (late, resumed):
+        germinate(loop)
+        loop.run(1)
+        assert "the loss is nan" in loop.controller.warden.halted
+        assert loop.body.seeds == []
+        assert any("the governor has stopped growth" in record.refused for record in loop.decisions)
+
+
 def test_fresh_weights_are_judged_afresh():
     loop = Loop(governor=QUICK).run(8)
     germinate(loop)
