@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", help="follow a running training from another terminal")
     watch.add_argument("target", nargs="?", help="run id or its beginning, or an ipc:// or tcp:// address")
     watch.add_argument("--once", action="store_true", help="print one complete picture and exit")
+    watch.add_argument(
+        "--keys", default="", metavar="FOLDER", help="CURVE keys, for an address that wants them"
+    )
+    _add_keys(commands.add_parser("keys", help="make and show the keys that anything beyond loopback needs"))
     export = commands.add_parser("export", help="turn a checkpoint's grown network into plain PyTorch")
     export.add_argument("checkpoint", type=Path, metavar="CKPT", help="a Lightning checkpoint")
     export.add_argument(
@@ -125,6 +129,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, text in (
+        ("create", "make a pair of keys in a new folder"),
+        ("show", "print this machine's public key, and whom it trusts"),
+        ("allow", "let the holder of a public key connect to this machine"),
+        ("trust", "connect from this machine to the service with this public key alone"),
+    ):
+        parser = actions.add_parser(action, help=text)
+        parser.add_argument("folder", metavar="FOLDER")
+        if action in ("allow", "trust"):
+            parser.add_argument("key", metavar="KEY", help="a public key, or a .key file")
+        if action == "allow":
+            parser.add_argument("name", metavar="NAME", help="whose it is")
+
+
 def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
 
@@ -152,7 +172,11 @@ def _dispatch(options: argparse.Namespace) -> int:
     elif options.command == "watch":
         from esper.watch import watch
 
-        return watch(options.target, once=options.once)
+        return watch(options.target, keys=options.keys, once=options.once)
+    elif options.command == "keys":
+        from esper.oona.keys_command import keys_command
+
+        print(keys_command(options.action, options.folder, **_given(options, "key", "name")))
     elif options.command == "export":
         from esper.export_command import export_checkpoint
 
@@ -182,6 +206,11 @@ def _dispatch(options: argparse.Namespace) -> int:
             options.name, as_json=options.json, seeds=options.seeds, quick=options.quick, settings=options.set
         )
     return 0
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, str]:
+    """Those of the options that the subcommand has."""
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _print(table: object) -> None:

@@ -18,6 +18,7 @@ __all__ = ["pick_run", "watch"]
 def watch(
     target: str | None = None,
     *,
+    keys: str = "",
     once: bool = False,
     interval_s: float = 0.25,
     wait_s: float = 30.0,
@@ -30,6 +31,7 @@ def watch(
     Args:
         target: a run's id or its beginning, or an ``ipc://`` or ``tcp://`` address; default the newest run
             on this machine.
+        keys: folder of CURVE keys, for an address that wants them.
         once: print the first complete picture and return.
         interval_s: time between two refreshes, in seconds.
         wait_s: with ``once``, how long to wait for the picture, in seconds.
@@ -40,7 +42,7 @@ def watch(
     """
     console = console if console is not None else Console()
     try:
-        run, note = pick_run(target)
+        run, note = pick_run(target, keys)
     except EsperError as error:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
@@ -65,22 +67,24 @@ def watch(
     return 0
 
 
-def pick_run(target: str | None) -> tuple[RunInfo, str]:
+def pick_run(target: str | None, keys: str = "") -> tuple[RunInfo, str]:
     """The run to watch, and a remark when there was a choice.
 
     Args:
         target: as in :func:`watch`.
+        keys: as in :func:`watch`.
 
     Raises:
         ConfigError: no run, none or several that the target names (the text lists what runs), or an
-            address that is wrong or not loopback.
+            address that is wrong, or beyond loopback without keys.
     """
     runs = [run for run in find_runs() if run.telemetry]
     if target and "://" in target:
-        check_address(target, to_bind=False)
+        check_address(target, to_bind=False, keys=keys)
         # an address may be one that this machine announces; then more is known of the run
         known = [run for run in runs if run.telemetry == target]
-        return known[0] if known else RunInfo(run_id=target, pid=0, started=0.0, telemetry=target), ""
+        unknown = RunInfo(run_id=target, pid=0, started=0.0, telemetry=target, keys=keys)
+        return known[0] if known else unknown, ""
     listing = ", ".join(f"{run.run_id} (pid {run.pid})" for run in runs)
     if not runs:
         raise ConfigError(

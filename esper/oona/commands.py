@@ -122,8 +122,7 @@ def send_command(
         MessageError: the run refused the command; the text has its reason.
         TimeoutError: no answer in time; the run may still act on the command later.
     """
-    keys = keys or (target.keys if isinstance(target, RunInfo) else "")
-    address, run_id = _command_address(target, run_id, keys)
+    address, run_id, keys = _command_address(target, run_id, keys)
     command = Command(
         run_id=run_id, command_id=secrets.token_hex(8), decision=decision, timestamp=time.time()
     )
@@ -146,19 +145,19 @@ def send_command(
     return command
 
 
-def _command_address(target: str | RunInfo, run_id: str, keys: str) -> tuple[str, str]:
+def _command_address(target: str | RunInfo, run_id: str, keys: str) -> tuple[str, str, str]:
     if isinstance(target, RunInfo):
         if not target.commands:
             raise ConfigError(f"expected run {target.run_id!r} to take commands, but it announces no inbox")
-        return target.commands, target.run_id
+        return target.commands, target.run_id, keys or target.keys
     if "://" in target:
         if not run_id:
             raise ConfigError(f"expected run_id beside the address {target!r}: a command names its run")
         if not target.startswith("inproc://"):
             check_address(target, to_bind=False, keys=keys)
-        return target, run_id
+        return target, run_id, keys
     for run in find_runs():
         if run.run_id == target and run.commands:
-            return run.commands, run.run_id
+            return run.commands, run.run_id, keys or run.keys
     # not announced: within one process it is still reachable
-    return inproc_address(target, "commands"), target
+    return inproc_address(target, "commands"), target, keys

@@ -58,7 +58,8 @@ def telemetry_address(target: str | RunInfo, keys: str = "") -> str:
     if isinstance(target, RunInfo):
         if not target.telemetry:
             raise ConfigError(f"expected run {target.run_id!r} to publish telemetry, but it announces none")
-        target, keys = target.telemetry, keys or target.keys
+        keys = keys or target.keys
+        target = target.telemetry
     if "://" not in target:
         return inproc_address(target, "telemetry")
     if not target.startswith("inproc://"):
@@ -96,7 +97,8 @@ class Subscriber:
                 raise ConfigError(f"expected topics from {', '.join(TOPICS)}, got {name!r}")
         listed = [targets] if isinstance(targets, str | RunInfo) else list(targets)
         self.config = config if config is not None else BusConfig()
-        keys = self.config.keys or next((t.keys for t in listed if isinstance(t, RunInfo) and t.keys), "")
+        known = [run.keys for run in listed if isinstance(run, RunInfo) and run.keys]
+        keys = self.config.keys or (known[0] if known else "")
         self.addresses = tuple(telemetry_address(target, keys) for target in listed)
         loaded = Keys.load(keys) if keys else None
         self.stats = SubscriberStats()
