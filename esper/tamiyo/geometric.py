@@ -7,6 +7,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
     from torch_geometric.data import Batch, Data
     from torch_geometric.nn import GCNConv, TransformerConv
+    from torch_geometric.nn.conv.gcn_conv import gcn_norm
     from torch_geometric.utils import scatter, softmax
 
-__all__ = ["Batch", "Data", "GCNConv", "TransformerConv", "scatter", "softmax"]
+__all__ = ["Batch", "Data", "GCNConv", "TransformerConv", "gcn_norm", "scatter", "softmax"]
