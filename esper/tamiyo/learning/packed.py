@@ -1,0 +1,165 @@
+"""Graphs packed into two arrays each, as tens of thousands of them are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esper.errors import CheckpointError, DataFormatError
+from esper.tamiyo.geometric import Batch
+from esper.tamiyo.graph.data import CandidateGraph
+
+__all__ = ["PackedGraph", "batch", "pack_many", "unpack_many"]
+
+_NUM_SIZES = 8
+
+
+@dataclass(frozen=True)
+class PackedGraph:
+    """A :class:`CandidateGraph` as two flat arrays; a tensor object for each field would weigh more than its content.
+
+    Attributes:
+        sizes: N, node features, E, edge features, G, C, candidate features, M.
+        floats: x, edge_attr, global_features, candidate_attr, one after another.
+        integers: edge_index, candidate_mask, placement_index, placement_candidate, one after another.
+    """
+
+    sizes: tuple[int, ...]
+    floats: NDArray[np.float32]
+    integers: NDArray[np.int32]
+
+    @classmethod
+    def pack(cls, graph: CandidateGraph) -> PackedGraph:
+        """Copy one graph.
+
+        Raises:
+            DataFormatError: Shapes do not fit together, there is no candidate, WAIT is masked out, a feature
+                is NaN or inf or not float32, or an index points outside.
+        """
+        sizes = _check(graph)
+        floats = (graph.x, graph.edge_attr, graph.global_features, graph.candidate_attr)
+        integers = (graph.edge_index, graph.candidate_mask, graph.placement_index, graph.placement_candidate)
+        return cls(
+            sizes,
+            torch.cat([t.detach().reshape(-1) for t in floats]).cpu().numpy().copy(),
+            torch.cat([t.detach().reshape(-1).to(torch.int32) for t in integers]).cpu().numpy().copy(),
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        """C."""
+        return self.sizes[5]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Which candidates may be chosen [C]."""
+        start = 2 * self.sizes[2]
+        return self.integers[start : start + self.sizes[5]].astype(bool)
+
+    def unpack(self) -> CandidateGraph:
+        """Rebuild the graph; its tensors are its own."""
+        n, f, e, d, g, c, h, m = self.sizes
+        floats = torch.from_numpy(self.floats.copy())
+        integers = torch.from_numpy(self.integers.astype(np.int64))
+        x, edge_attr, global_features, candidate_attr = floats.split([n * f, e * d, g, c * h])
+        edge_index, mask, placement_index, placement_candidate = integers.split([2 * e, c, 2 * m, m])
+        return CandidateGraph(
+            x=x.view(n, f),
+            edge_index=edge_index.view(2, e),
+            edge_attr=edge_attr.view(e, d),
+            global_features=global_features.view(1, g),
+            candidate_attr=candidate_attr.view(c, h),
+            candidate_mask=mask.bool(),
+            candidate_batch=torch.zeros(c, dtype=torch.long),
+            placement_index=placement_index.view(2, m),
+            placement_candidate=placement_candidate,
+        )
+
+
+def batch(graphs: Iterable[PackedGraph | CandidateGraph]) -> Batch:
+    """One batch of graphs, in order."""
+    return Batch.from_data_list([g.unpack() if isinstance(g, PackedGraph) else g for g in graphs])
+
+
+def pack_many(graphs: Sequence[PackedGraph]) -> dict[str, Tensor]:
+    """All graphs in three tensors, for a file."""
+    return {
+        "sizes": torch.tensor([g.sizes for g in graphs], dtype=torch.long).view(len(graphs), _NUM_SIZES),
+        "floats": torch.from_numpy(np.concatenate([g.floats for g in graphs] or [np.empty(0, np.float32)])),
+        "integers": torch.from_numpy(np.concatenate([g.integers for g in graphs] or [np.empty(0, np.int32)])),
+    }
+
+
+def unpack_many(tensors: dict[str, Tensor]) -> list[PackedGraph]:
+    """Undo :func:`pack_many`.
+
+    Raises:
+        CheckpointError: The three tensors do not fit together.
+    """
+    sizes, floats, integers = (tensors[name] for name in ("sizes", "floats", "integers"))
+    graphs = []
+    at = [0, 0]
+    for row in sizes.tolist():
+        n, f, e, d, g, c, h, m = row
+        ends = [at[0] + n * f + e * d + g + c * h, at[1] + 2 * e + c + 3 * m]
+        graphs.append(
+            PackedGraph(
+                tuple(row), floats[at[0] : ends[0]].numpy().copy(), integers[at[1] : ends[1]].numpy().copy()
+            )
+        )
+        at = ends
+    if at != [floats.numel(), integers.numel()]:
+        raise CheckpointError(
+            f"expected graphs of {at[0]} floats and {at[1]} integers in all, got {floats.numel()} and "
+            f"{integers.numel()}; the replay buffer in this checkpoint is damaged"
+        )
+    return graphs
+
+
+def _check(graph: CandidateGraph) -> tuple[int, ...]:
+    """Sizes of a graph that is as :class:`CandidateGraph` says."""
+    n, f = _matrix(graph, "x")
+    e, d = _matrix(graph, "edge_attr")
+    one, g = _matrix(graph, "global_features")
+    c, h = _matrix(graph, "candidate_attr")
+    m = graph.placement_candidate.numel()
+    wrong = [
+        *([] if one == 1 else ["global_features [1, G]"]),
+        *([] if c >= 1 else ["at least one candidate"]),
+        *([] if graph.edge_index.shape == (2, e) else [f"edge_index [2, {e}]"]),
+        *([] if graph.candidate_mask.shape == (c,) else [f"candidate_mask [{c}]"]),
+        *([] if graph.placement_index.shape == (2, m) else [f"placement_index [2, {m}]"]),
+    ]
+    if not wrong:
+        wrong = [
+            *([] if bool(graph.candidate_mask[0]) else ["WAIT (candidate 0) available"]),
+            *([] if _within(graph.edge_index, n) else [f"edge_index within {n} nodes"]),
+            *([] if _within(graph.placement_index, n) else [f"placement_index within {n} nodes"]),
+            *(
+                []
+                if _within(graph.placement_candidate, c)
+                else [f"placement_candidate within {c} candidates"]
+            ),
+        ]
+    if wrong:
+        raise DataFormatError(f"expected a graph with {', '.join(wrong)}; got {graph}")
+    return (n, f, e, d, g, c, h, m)
+
+
+def _matrix(graph: CandidateGraph, name: str) -> tuple[int, int]:
+    tensor = graph[name]
+    if tensor.ndim != 2 or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+        raise DataFormatError(
+            f"expected {name} as a finite float32 matrix, got shape {tuple(tensor.shape)}, {tensor.dtype}"
+            f"{'' if bool(tensor.isfinite().all()) else ', with NaN or inf'}; a feature was built wrongly"
+        )
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _within(index: Tensor, num: int) -> bool:
+    return index.numel() == 0 or bool((index >= 0).all() and (index < num).all())
