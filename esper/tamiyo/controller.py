@@ -243,6 +243,7 @@ class Controller:
             score=functools.partial(self._scorer.score, step=step, total_steps=self._total_steps),
             generator=self.generator,
             measure_saving=self._saving,
+            seeds_left=max(0, self.config.budget.max_seeds_alive - len(alive)),
         )
 
     def _saving(self, seed_ids: Sequence[str]) -> float | None:

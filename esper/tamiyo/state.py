@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ class GrowthState:
         generator: Random numbers for policies; part of the checkpoint.
         measure_saving: Share of the held-out loss that the named seeds save together: switched off minus on,
             over on, with the host as it has adapted to them (charged); None when nothing is held out.
+        seeds_left: Seeds that may be on their way besides those that are now.
     """
 
     step: int
@@ -89,6 +91,7 @@ class GrowthState:
     score: Callable[[Sequence[str], int], dict[str, SiteScore]]
     generator: torch.Generator
     measure_saving: Callable[[Sequence[str]], float | None] = lambda seed_ids: None
+    seeds_left: int = sys.maxsize
 
     @property
     def fraction(self) -> float:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from esper.kasmina.topology import ModelTopology
     from esper.tamiyo.state import GrowthState
 
-__all__ = ["Recycler"]
+__all__ = ["Recycler", "recyclable"]
 
 _DENSE = ("Linear", "Conv2d")
 
@@ -50,7 +50,7 @@ class Recycler:
             if signal is None:
                 continue
             self._judge(layer, signal)
-            if not self._asleep(signal) or not _recyclable(state.topology, layer, read_by_seeds):
+            if not self._asleep(signal) or not recyclable(state.topology, layer, read_by_seeds):
                 continue
             last = self._last.get(layer)
             cooldown_steps = self.cooldown_steps * 2 ** self._in_vain.get(layer, 0)
@@ -99,7 +99,7 @@ class Recycler:
         self._in_vain[layer] = self._in_vain.get(layer, 0) + 1 if self._asleep(signal) else 0
 
 
-def _recyclable(topology: ModelTopology, name: str, read_by_seeds: Set[str]) -> bool:
+def recyclable(topology: ModelTopology, name: str, read_by_seeds: Set[str]) -> bool:
     """Whether all that reads the layer's units are dense layers of its kind behind element-wise operations.
 
     What :func:`esper.kasmina.renewal.recyclable` asks of the live model, as far as a state can tell: a
