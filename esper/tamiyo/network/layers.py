@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esper.tamiyo.geometric import GCNConv, gcn_norm, scatter, softmax
 
-__all__ = ["AttentionConv", "ChannelDropout", "Flow", "GraphLayer", "Rows", "mlp"]
+__all__ = ["AttentionConv", "ChannelDropout", "Flow", "GraphLayer", "Noise", "Rows", "mlp", "pool"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,19 @@ class Rows:
 
     graph: Tensor
     num_graphs: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What dropout draws its masks from. Layers are told, and do not look at ``training``: a decision is made
+    without noise, and its uncertainty sampled, whatever mode the network is in.
+
+    Attributes:
+        generator: Samples the uncertainty: S masks of channels. None in training: torch's global random
+            numbers, a mask for each graph, and attention weights dropped too.
+    """
+
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -66,21 +79,20 @@ class ChannelDropout(nn.Module):
     and Ghahramani 2016). Masks drawn anew for every node would average out where nodes are pooled, and make
     a graph's uncertainty depend on the order of its nodes.
 
-    In training each graph of a batch draws its own mask from torch's global generator. With a ``generator``
-    each of S samples draws one mask for all graphs, whether in training or not, so that a graph's samples do
-    not depend on what it is batched with.
+    In training each graph of a batch draws its own mask. Where uncertainty is sampled each of S samples draws
+    one mask for all graphs, so that a graph's samples do not depend on what it is batched with.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor, rows: Rows, generator: torch.Generator | None = None) -> Tensor:
-        """Drop channels of ``x`` [R, H], or [R, S, H] with a ``generator``."""
-        if self.p == 0 or not (self.training or generator is not None):
+    def forward(self, x: Tensor, rows: Rows, noise: Noise | None) -> Tensor:
+        """Drop channels of ``x`` [R, H], or [R, S, H] where uncertainty is sampled; nothing without noise."""
+        if self.p == 0 or noise is None:
             return x
-        if generator is not None:
-            keep = torch.rand(x.shape[1:], generator=generator, device=x.device) >= self.p
+        if noise.generator is not None:
+            keep = torch.rand(x.shape[1:], generator=noise.generator, device=x.device) >= self.p
         else:
             keep = (torch.rand(rows.num_graphs, x.shape[-1], device=x.device) >= self.p)[rows.graph]
         return x * (keep.to(x.dtype) / (1 - self.p))
@@ -114,7 +126,7 @@ class AttentionConv(nn.Module):
         self.edge = nn.Linear(edge_dim, hidden_dim, bias=False)
         self.skip = nn.Linear(hidden_dim, hidden_dim)
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, noise: Noise | None = None) -> Tensor:
         """Map nodes [N, H] or [N, S, H] to the same shape."""
         source, target = edge_index
         heads, size = self.num_heads, x.shape[-1] // self.num_heads
@@ -125,7 +137,8 @@ class AttentionConv(nn.Module):
         value = self.value(x).unflatten(-1, (heads, size)).index_select(0, source) + edge
         scores = (query * key).sum(-1) / math.sqrt(size)
         weights = softmax(scores, target, num_nodes=len(x))
-        weights = F.dropout(weights, self.dropout, self.training)
+        training = noise is not None and noise.generator is None
+        weights = F.dropout(weights, self.dropout, training)
         messages = (value * weights.unsqueeze(-1)).flatten(-2)
         return cast(Tensor, self.skip(x)).index_add(0, target, messages)
 
@@ -168,14 +181,14 @@ class GraphLayer(nn.Module):
         self.gate = nn.Linear(2 * hidden_dim, hidden_dim)
         self.dropout = ChannelDropout(feature_dropout)
 
-    def forward(self, h: Tensor, flow: Flow, rows: Rows, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, h: Tensor, flow: Flow, rows: Rows, noise: Noise | None) -> Tensor:
         """Map nodes [N, H], or [N, S, H], to the same shape."""
         x = self.norm(h)
-        attended = self.attention(x, flow.edge_index, flow.edge_attr)
+        attended = self.attention(x, flow.edge_index, flow.edge_attr, noise)
         convolved = self.convolution(x, flow.gcn_index, flow.gcn_weight)
         gate = self.gate(torch.cat([attended, convolved], -1)).sigmoid()
         mixed = torch.lerp(convolved, attended, gate).relu()
-        return h + cast(Tensor, self.dropout(mixed, rows, generator))
+        return h + cast(Tensor, self.dropout(mixed, rows, noise))
 
 
 def mlp(num_in: int, hidden: int, num_out: int) -> nn.Sequential:

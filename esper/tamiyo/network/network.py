@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from esper.errors import ConfigError
 from esper.tamiyo.geometric import scatter
-from esper.tamiyo.graph.data import CandidateGraph
+from esper.tamiyo.graph.data import CandidateGraph, ModelGraphState
 from esper.tamiyo.network.config import PolicyConfig
+from esper.tamiyo.network.decision import AdaptationDecision, Verdict
 from esper.tamiyo.network.distribution import CandidateDistribution
-from esper.tamiyo.network.layers import ChannelDropout, Flow, GraphLayer, Rows, mlp, pool
+from esper.tamiyo.network.judging import Reading, judge
+from esper.tamiyo.network.layers import ChannelDropout, Flow, GraphLayer, Noise, Rows, mlp, pool
+from esper.tamiyo.network.uncertainty import measure_uncertainty
 
 __all__ = ["NodeEncoder", "PolicyOutput", "TamiyoNetwork"]
 
@@ -56,10 +59,10 @@ class NodeEncoder(nn.Module):
         self.dropout = ChannelDropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
 
-    def forward(self, x: Tensor, rows: Rows, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, noise: Noise | None) -> Tensor:
         """Map [N, features] to [N, H], or [N, S, features] to [N, S, H]."""
         h = self.project(x)
-        return cast(Tensor, self.norm(h + self.dropout(self.block(h).relu(), rows, generator)))
+        return cast(Tensor, self.norm(h + self.dropout(self.block(h).relu(), rows, noise)))
 
 
 class TamiyoNetwork(nn.Module):
@@ -107,15 +110,13 @@ class TamiyoNetwork(nn.Module):
         Raises:
             ConfigError: The graph's features are not as many as the network was made for.
         """
-        self._check(graph)
         flow, rows = self._flow(graph)
-        h = self.encoder(graph.x, rows)
-        for layer in self.layers:
-            h = layer(h, flow, rows)
-        return self._heads(graph, h, rows)
+        noise = Noise() if self.training else None
+        h = self._through(graph.x, flow, rows, noise, 0, len(self.layers) + 1)
+        return self._heads(graph, h, rows, noise)
 
-    def sample(self, graph: CandidateGraph, seed: int = 0) -> Tensor:
-        """Logits [S, C] of ``uncertainty_samples`` passes with dropout of channels.
+    def sample(self, graph: CandidateGraph, seed: int = 0) -> tuple[PolicyOutput, Tensor]:
+        """Rate candidates without dropout, and ``uncertainty_samples`` times with, in any mode.
 
         Masks come from a generator of their own: the same graph gets the same samples, alone or in a batch,
         and torch's global random numbers are not touched. What lies before the last ``num_sampled_layers``
@@ -125,30 +126,78 @@ class TamiyoNetwork(nn.Module):
             graph: As for :meth:`forward`.
             seed: Of the masks.
 
+        Returns:
+            The outputs without dropout, and logits [S, C] with it.
+
         Raises:
-            ConfigError: As for :meth:`forward`; or the network is in training mode, where what is passed
-                through once would be random too.
+            ConfigError: As for :meth:`forward`.
         """
-        if self.training:
-            raise ConfigError(
-                "a network samples its uncertainty in eval mode, this one is in training mode; call eval()"
-            )
-        self._check(graph)
         flow, rows = self._flow(graph)
-        generator = torch.Generator(graph.x.device).manual_seed(seed)
-        num_fixed = len(self.layers) - self.config.num_sampled_layers
-        if num_fixed == 0:
-            h = self.encoder(self._repeat(graph.x), rows, generator)
-        else:
-            h = self.encoder(graph.x, rows)
-        for place, layer in enumerate(self.layers):
-            if place < num_fixed:
-                h = layer(h, flow, rows)
-            else:
-                h = layer(self._repeat(h) if h.dim() == 2 else h, flow, rows, generator)
-        if h.dim() == 2:
-            h = self._repeat(h)
-        return self._heads(graph, h, rows, generator).logits.T
+        end = len(self.layers) + 1
+        sampled = self.config.num_sampled_layers
+        start = 0 if sampled == len(self.layers) else end - sampled
+        shared = self._through(graph.x, flow, rows, None, 0, start)
+        output = self._heads(graph, self._through(shared, flow, rows, None, start, end), rows, None)
+        noise = Noise(torch.Generator(graph.x.device).manual_seed(seed))
+        noisy = self._through(self._repeat(shared), flow, rows, noise, start, end)
+        return output, self._heads(graph, noisy, rows, noise).logits.T
+
+    def make_decision(
+        self, state: ModelGraphState, adaptations_this_epoch: int = 0
+    ) -> AdaptationDecision | None:
+        """Decide what to do at a decision point; None to do nothing. :meth:`decide` also says why.
+
+        Args:
+            state: Features of one decision point, and its candidates.
+            adaptations_this_epoch: Decisions carried out in this epoch so far.
+
+        Raises:
+            ConfigError: As for :meth:`forward`.
+        """
+        verdict = self.decide(state, adaptations_this_epoch)
+        return verdict.decision if verdict.outcome == "adapt" else None
+
+    @torch.no_grad()
+    def decide(self, state: ModelGraphState, adaptations_this_epoch: int = 0) -> Verdict:
+        """Judge a decision point; the same state gets the same verdict, in any mode.
+
+        Args:
+            state: Features of one decision point, and its candidates.
+            adaptations_this_epoch: Decisions carried out in this epoch so far.
+
+        Raises:
+            ConfigError: As for :meth:`forward`.
+        """
+        return judge(self.config, state, self.read(state.graph_data), adaptations_this_epoch)
+
+    def read(self, graph: CandidateGraph) -> Reading:
+        """Rate the candidates of one graph without dropout, with the uncertainty of that.
+
+        Raises:
+            ConfigError: As for :meth:`forward`.
+        """
+        if not self.config.enable_uncertainty:
+            flow, rows = self._flow(graph)
+            h = self._through(graph.x, flow, rows, None, 0, len(self.layers) + 1)
+            output = self._heads(graph, h, rows, None)
+            return Reading(
+                output.logits,
+                output.risk,
+                float(output.value),
+                float(output.urgency),
+                torch.zeros_like(output.logits),
+            )
+        output, samples = self.sample(graph)
+        unsure = measure_uncertainty(samples, graph.candidate_mask, graph.candidate_batch, 1)
+        return Reading(
+            output.logits,
+            output.risk,
+            float(output.value),
+            float(output.urgency),
+            unsure.spread,
+            float(unsure.epistemic),
+            float(unsure.aleatoric),
+        )
 
     def distribution(self, output: PolicyOutput, graph: CandidateGraph) -> CandidateDistribution:
         """The distribution over available candidates that the preferences mean."""
@@ -156,9 +205,15 @@ class TamiyoNetwork(nn.Module):
             output.logits, graph.candidate_mask, graph.candidate_batch, len(graph.global_features)
         )
 
-    def _heads(
-        self, graph: CandidateGraph, h: Tensor, rows: Rows, generator: torch.Generator | None = None
-    ) -> PolicyOutput:
+    def _through(
+        self, h: Tensor, flow: Flow, rows: Rows, noise: Noise | None, start: int, end: int
+    ) -> Tensor:
+        """Pass the encoder (stage 0) and graph layers (from stage 1) from stage ``start`` to before ``end``."""
+        for stage in range(start, end):
+            h = self.encoder(h, rows, noise) if stage == 0 else self.layers[stage - 1](h, flow, rows, noise)
+        return h
+
+    def _heads(self, graph: CandidateGraph, h: Tensor, rows: Rows, noise: Noise | None) -> PolicyOutput:
         """Outputs from embeddings of nodes [N, H], or [N, S, H] (then with S between rows and channels)."""
         h = self.node_norm(h)
         num_graphs, num_candidates = rows.num_graphs, len(graph.candidate_attr)
@@ -168,11 +223,11 @@ class TamiyoNetwork(nn.Module):
         graphs = Rows(torch.arange(num_graphs, device=h.device), num_graphs)
         candidates = Rows(graph.candidate_batch, num_graphs)
         context = self.context(torch.cat([pool(h, rows), run], -1)).relu()
-        context = self.head_dropout(context, graphs, generator)
+        context = self.head_dropout(context, graphs, noise)
         source, target = graph.placement_index
         placed = self.placement(torch.cat([h[source], h[target]], -1))
         placed = scatter(placed, graph.placement_candidate, 0, num_candidates, "mean")
-        z = self.head_dropout(self.candidate_norm(placed + own).relu(), candidates, generator)
+        z = self.head_dropout(self.candidate_norm(placed + own).relu(), candidates, noise)
         about = torch.cat([z, context[graph.candidate_batch]], -1)
         available = graph.candidate_mask
         offered = pool(z[available], Rows(graph.candidate_batch[available], num_graphs))
@@ -187,6 +242,7 @@ class TamiyoNetwork(nn.Module):
         )
 
     def _flow(self, graph: CandidateGraph) -> tuple[Flow, Rows]:
+        self._check(graph)
         num_nodes = len(graph.x)
         of_node = graph.batch
         if of_node is None:
