@@ -232,7 +232,8 @@ class TamiyoCallback(ByHand, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act, when an optimizer step has been completed and something is due."""
-        self._drop_tracer()
+        if self._tracer is not None:
+            self._drop_tracer()
         controller, run, records = self._controller, self._run, self._records
         if controller is None:
             return

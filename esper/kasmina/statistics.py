@@ -96,6 +96,11 @@ class _Batch(NamedTuple):
     unit_mask: Tensor  # [L, u]
     errors: Tensor  # [L] number of non-finite elements
 
+    def part(self, begin: int, end: int) -> _Batch:
+        """Some of the layers."""
+        x, *others = (None if field is None else field[begin:end] for field in self)
+        return _Batch(x, *others)  # type: ignore[arg-type]  # the row mask alone may be None
+
 
 def summarise(samples: Sequence[LayerSample]) -> Tensor:
     """Compute all statistics of all layers.
@@ -118,12 +123,12 @@ def drain(table: Tensor) -> list[LayerStatistics]:
 
 
 def _summarise(samples: Sequence[LayerSample]) -> Tensor:
-    activations = _pad([s.activation for s in samples])
-    device = activations.x.device
-    empty = activations.x.new_zeros(0, 0)
-    gradients = _pad(
-        [empty if s.output_gradient is None else s.output_gradient.to(device) for s in samples],
-    )
+    device = _device_for(samples[0].activation.device)
+    empty = torch.empty(0, 0, device=device)
+    both = [s.activation for s in samples]
+    both += [empty if s.output_gradient is None else s.output_gradient.to(device) for s in samples]
+    padded = _pad(both)  # at once, as it takes many small operations and either is small
+    activations, gradients = padded.part(0, len(samples)), padded.part(len(samples), len(both))
     norms = _norms([s.gradients for s in samples], device)
     ratios = _update_ratios([(s.weight_before, s.weight_after) for s in samples], device)
     mean, centred = _centre(activations)

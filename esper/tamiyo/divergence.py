@@ -210,10 +210,12 @@ class DivergenceDetector:
         if len(recent) < self.config.min_checks:
             return False
         median = statistics.median(recent)
+        excess = value - median
+        if excess <= max((factor - 1.0) * abs(median), least):
+            return False  # nearly always, and the spread takes as long again
         sigma = _MAD_TO_SIGMA * statistics.median(abs(x - median) for x in recent)
         measured |= {f"{name}_median": median, f"{name}_sigma": sigma}
-        excess = value - median
-        return excess > max((factor - 1.0) * abs(median), self.config.deviations * sigma, least)
+        return excess > self.config.deviations * sigma
 
 
 def _describe(name: str, value: float, measured: Mapping[str, float]) -> str:
