@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import msgspec
@@ -105,8 +106,6 @@ def judge_oracle(records: Sequence[StateRecord], price: float) -> Judgement:
 def _judged(
     records: Sequence[StateRecord], price: float, picks: Sequence[Sequence[int]], tables: Sequence[Values]
 ) -> Judgement:
-    if not records:
-        raise DataFormatError("expected at least one state to judge on, got none")
     utility, regret, near, strict, waits = [], [], [], [], []
     for record, picked, table in zip(records, picks, tables, strict=True):
         halves = half_splits(record.num_repeats)
@@ -132,7 +131,7 @@ def _judged(
         strict.append(hits[1])
         waits.append(statistics.fmean(index == 0 for index in picked))
     return Judgement(
-        utility=over_hosts(records, utility),
+        utility=over_hosts(records, utility),  # refuses an empty list
         median=statistics.median(utility),
         regret=over_hosts(records, regret),
         accuracy=over_hosts(records, near),
@@ -202,16 +201,18 @@ def wait_share(records: Sequence[StateRecord], price: float) -> float:
 def tune(
     records: Sequence[StateRecord], price: float, rules: Mapping[str, Sequence[Rule]] = RULES
 ) -> dict[str, Rule]:
-    """Return the variant of each rule with the highest mean utility; the first of equals."""
-    return {
-        name: max(variants, key=lambda rule: judge(records, rule.choose, price).utility.mean)
-        for name, variants in rules.items()
-    }
+    """Return the variant of each rule with the highest mean utility over hosts; the first of equals."""
+    return {name: max(variants, key=partial(_worth, records, price)) for name, variants in rules.items()}
 
 
 def best_rule(records: Sequence[StateRecord], price: float, tuned: Mapping[str, Rule]) -> Rule:
-    """Return the tuned rule with the highest mean utility."""
-    return max(tuned.values(), key=lambda rule: judge(records, rule.choose, price).utility.mean)
+    """Return the tuned rule with the highest mean utility over hosts; the first of equals."""
+    return max(tuned.values(), key=partial(_worth, records, price))
+
+
+def _worth(records: Sequence[StateRecord], price: float, rule: Rule) -> float:
+    values = [float(_mean(utilities(r, price))[_ask(rule.choose, r, price)]) for r in records]
+    return statistics.fmean(_by_host(records, values))
 
 
 def half_splits(repeats: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -231,10 +232,16 @@ def half_splits(repeats: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def over_hosts(records: Sequence[StateRecord], values: Sequence[float]) -> Estimate:
     """Mean over hosts of a value of each state, with an interval over hosts."""
+    return bootstrap_mean(_by_host(records, values))
+
+
+def _by_host(records: Sequence[StateRecord], values: Sequence[float]) -> list[float]:
     by_host: dict[str, list[float]] = {}
     for record, value in zip(records, values, strict=True):
         by_host.setdefault(record.host_key, []).append(value)
-    return bootstrap_mean([statistics.fmean(own) for own in by_host.values()])
+    if not by_host:
+        raise DataFormatError("expected at least one state to judge on, got none")
+    return [statistics.fmean(own) for own in by_host.values()]
 
 
 def _ask(choose: Choose, record: StateRecord, price: float) -> int:
