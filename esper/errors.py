@@ -14,6 +14,7 @@ __all__ = [
     "EsperError",
     "ExportError",
     "GrowthError",
+    "LearningError",
     "LifecycleError",
     "MessageError",
     "MissingExtraError",
@@ -44,6 +45,10 @@ class LifecycleError(EsperError, RuntimeError):
 
 class CheckpointError(EsperError, RuntimeError):
     """A checkpoint is corrupt, foreign, or does not fit the model."""
+
+
+class LearningError(EsperError, RuntimeError):
+    """A policy cannot be trained further: a loss or a gradient is NaN or inf."""
 
 
 class ExportError(EsperError, RuntimeError):
