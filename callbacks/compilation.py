@@ -10,8 +10,8 @@ from torch import _dynamo as dynamo
 __all__ = ["CompilationWatch"]
 
 _MARGIN = 2
-"""Compilations of one function that are left when the limit is raised: a growth takes one a mode (training,
-validation) when a seed begins to act, and one when it is fossilised."""
+"""Compilations of one function that are left when the limit is raised: a growth takes one in training and one in
+validation."""
 
 
 class CompilationWatch:

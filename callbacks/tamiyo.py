@@ -466,7 +466,9 @@ class TamiyoCallback(ByHand, L.Callback):
         self._just_traced = False
 
     def _tell_compilations(self, trainer: L.Trainer) -> None:
-        """Write down what was compiled anew since the last safe point."""
+        """Write down what was compiled anew since the last safe point, and let the body know of it."""
+        if self._body is not None:
+            self._body.compiled = self._compilation.num_compilations > 0
         grown = self._controller is not None and self._controller.ledger.germinated > 0
         if self._records is not None and (news := self._compilation.news(grown=grown)) is not None:
             self._records.note(trainer, **news)

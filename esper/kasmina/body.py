@@ -50,6 +50,7 @@ class Body:
         sites: Where seeds can attach.
         refused: Layer name -> why it cannot carry seeds.
         on_change: Called after a seed was added or removed.
+        compiled: ``torch.compile`` has compiled something of the host.
     """
 
     def __init__(self, model: nn.Module, topology: ModelTopology, *, seed: int = 0) -> None:
@@ -58,6 +59,7 @@ class Body:
         self.sites: list[Site]
         self.refused: dict[str, str]
         self.on_change: Callable[[], None] | None = None
+        self.compiled = False
         self.seed = seed
         self._next_id = 1 + max((_number(s.seed_id) for s in all_seeds(model)), default=0)
         self._health: Sequence[HealthSignal] = ()

@@ -146,9 +146,15 @@ class Seed(nn.Module):
         self._state.stage = stage
         self._state.stage_age_steps = 0
         self._state.contributions = []
-        self._path = _PATHS.get(stage, "felt")
+        if not (stage == "fossilized" and self._path == "felt" and self._is_compiled()):
+            self._path = _PATHS.get(stage, "felt")
         self.alpha.fill_(alpha)
         self._set_branch_mode()
+
+    def _is_compiled(self) -> bool:
+        """Whether another path would have the host compiled anew; at full strength both give the same bits."""
+        body = None if self._body is None else self._body()
+        return body is not None and body.compiled
 
     def set_alpha(self, alpha: float) -> None:
         """Set the weight of the contribution, in place and without a device sync."""
@@ -328,7 +334,7 @@ class Seed(nn.Module):
             if torch._C._functorch.peek_interpreter_stack() is None:  # torch.func's transforms count nothing
                 with torch.no_grad():
                     self.non_finite += ~all_finite(s)
-            if self.observing:
+            if self.observing and self._state.stage != "fossilized":  # part of the host, whatever its path
                 self.observed = (s.detach(), host.detach())
 
     def _set_branch_mode(self) -> None:
