@@ -19,6 +19,7 @@ __all__ = [
     "MessageError",
     "MissingExtraError",
     "RankError",
+    "StoreError",
     "UnsupportedError",
 ]
 
@@ -69,6 +70,10 @@ class DataNotFoundError(EsperError, FileNotFoundError):
 
 class DataFormatError(EsperError, ValueError):
     """A data file is there but does not hold what its format promises."""
+
+
+class StoreError(EsperError, RuntimeError):
+    """A store of experiences cannot be read or written now: it is locked, full, or gone."""
 
 
 class MissingExtraError(EsperError, ImportError):
