@@ -31,6 +31,7 @@ from esper.callbacks.records import Records
 from esper.errors import CheckpointError, GrowthError
 from esper.interrupt import uninterrupted
 from esper.kasmina.body import Body
+from esper.kasmina.garbage import uncollected
 from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
@@ -208,7 +209,8 @@ class TamiyoCallback(ByHand, L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Read the topology off the graph of the first loss."""
         if self._tracer is not None and not self._tracer.finished:
-            self._begin(pl_module, self._tracer.finish(loss))  # it is closed after the backward pass
+            with uncollected():
+                self._begin(pl_module, self._tracer.finish(loss))  # it is closed after the backward pass
             self._just_traced = True
 
     def on_before_optimizer_step(

@@ -14,6 +14,7 @@ from esper.kasmina.blueprints import Cost, get_blueprint
 from esper.kasmina.evaluation_pass import find_skipped
 from esper.kasmina.example import forget_example
 from esper.kasmina.find_sites import context_of, find_sites
+from esper.kasmina.garbage import uncollected
 from esper.kasmina.layer import SEEDS, SeedLayer, restore_class, swap_class
 from esper.kasmina.optimizer import check_optimizer, register_parameters, unregister_parameters
 from esper.kasmina.pricing import Prices
@@ -309,8 +310,9 @@ def attach(
             return model(**given)
         return model(*given) if isinstance(given, tuple) else model(given)
 
-    topology = trace(model, lambda: (loss or mean_output)(run(example_input)))
-    body = Body(model, measure_sample_dims(model, topology, run, example_input), seed=seed)
+    with uncollected():
+        topology = trace(model, lambda: (loss or mean_output)(run(example_input)))
+        body = Body(model, measure_sample_dims(model, topology, run, example_input), seed=seed)
     body.check_evaluation(lambda: run(example_input))
     return body
 
