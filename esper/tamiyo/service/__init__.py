@@ -1,0 +1,1 @@
+"""Tamiyo as a service for many training runs: protocol, gates, server, client."""

@@ -1,0 +1,95 @@
+"""Who chooses among the candidates of decision points: a rule, or a policy network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from esper.errors import ConfigError
+from esper.tamiyo.graph.facts import DecisionPoint
+
+__all__ = ["Choice", "Decider", "RuleDecider", "make_decider"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate of a decision point, and what speaks for it.
+
+    Attributes:
+        candidate: Its place among the point's candidates; 0 is WAIT.
+        reason: Why, in words.
+        confidence: In [0, 1].
+        uncertainty: Epistemic, in [0, 1].
+        value: Expected utility of the run from here, in nats; 0 where none is known.
+        urgency: Expected cost of waiting one decision interval, in nats.
+        risk: Probability that it has to be undone.
+        abstained: The decider does not know such states, and fell back.
+    """
+
+    candidate: int
+    reason: str
+    confidence: float = 1.0
+    uncertainty: float = 0.0
+    value: float = 0.0
+    urgency: float = 0.0
+    risk: float = 0.0
+    abstained: bool = False
+
+
+class Decider(Protocol):
+    """Chooses; the same points get the same choices, in whatever company they come."""
+
+    name: str
+
+    def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
+        """One choice for each point."""
+
+
+class RuleDecider:
+    """A fixed rule over candidates.
+
+    Args:
+        rule: Name of a rule of :mod:`esper.tamiyo.oracle.rules`, with its first options, or name and options
+            as the rule prints itself: ``cond(size=large, ratio=0.5)``.
+
+    Raises:
+        ConfigError: There is no such rule.
+    """
+
+    def __init__(self, rule: str) -> None:
+        from esper.tamiyo.oracle.rules import RULES
+
+        every = [variant for variants in RULES.values() for variant in variants]
+        found = [variant for variant in every if rule in (variant.name, str(variant))]
+        if not found:
+            raise ConfigError(
+                f"expected a decider of {', '.join(RULES)}, one with options such as {every[-1]}, or a file of "
+                f"weights (.safetensors), got {rule!r}"
+            )
+        self._rule = found[0]
+        self.name = str(self._rule)
+
+    def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
+        """One choice for each point."""
+        return [
+            Choice(index, f"{self.name}: {'' if index else 'nothing to be done'}".rstrip(": "))
+            for index in map(self._rule.choose, points)
+        ]
+
+
+def make_decider(name: str) -> Decider:
+    """Make the decider that a config names.
+
+    Args:
+        name: See :class:`~esper.tamiyo.service.config.ServiceConfig`.
+
+    Raises:
+        ConfigError: There is no such rule, or no such file, or it holds no policy network.
+    """
+    if not name.endswith(".safetensors"):
+        return RuleDecider(name)
+    from esper.tamiyo.service.network_decider import NetworkDecider
+
+    return NetworkDecider(Path(name))
