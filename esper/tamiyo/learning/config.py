@@ -33,9 +33,11 @@ class TrainingConfig:
         safety_loss_weight: Weight of everything about harm: the risk head's cross-entropy on measured
             outcomes, and the safety penalty.
         safety_penalty_weight: Weight, within that, of the probability that the policy gives to risky candidates.
-        risk_threshold: Predicted probability of harm from which on a candidate is penalised, by the excess.
+        risk_threshold: Predicted probability of harm from which on a candidate is penalised, by the excess. An
+            untrained risk head says about one half of everything; a threshold below that would teach WAIT.
         uncertainty_regularization: Weight of the disagreement between two dropout passes above the threshold.
-        epistemic_threshold: Disagreement that is let pass: mutual information in nats, at most log 2 for two.
+        epistemic_threshold: Disagreement that is let pass: mutual information over log K, in the units of
+            ``PolicyConfig.uncertainty_threshold``.
         replay_capacity: Transitions kept.
         replay_fraction: Share of each minibatch of an update drawn from older transitions.
         priority_exponent: α: 0 draws uniformly, 1 in proportion to the TD error (Schaul et al. 2016, eq. 1).
@@ -112,12 +114,12 @@ class TrainingConfig:
         fractions = (
             "gamma",
             "gae_lambda",
-            "risk_threshold",
             "priority_exponent",
             "importance_exponent",
         )
         below_one = (
             "proximal_decay",
+            "risk_threshold",
             "replay_fraction",
             "return_smoothing",
         )

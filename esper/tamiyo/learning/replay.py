@@ -24,12 +24,14 @@ _NUMBERS = ("logprob", "reward", "value", "urgency", "risk")
 
 
 class Chosen(Protocol):
-    """A decision that says which candidate it took and with which log-probability."""
+    """A decision that says which candidate it took.
+
+    One that was drawn says with which log-probability too, as ``logprob``; one without it was the only one that its
+    policy could have made, as :class:`~esper.tamiyo.network.decision.AdaptationDecision` is: its probability is 1.
+    """
 
     @property
     def candidate(self) -> int: ...
-    @property
-    def logprob(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class ReplayBuffer:
             )
         graph = PackedGraph.pack(_graph(state))
         experience = Experience(
-            Transition(graph, action.candidate, action.logprob, reward),
+            Transition(graph, action.candidate, getattr(action, "logprob", 0.0), reward),
             next_graph=None if next_state is None else PackedGraph.pack(_graph(next_state)),
             terminated=terminated,
             born=born,

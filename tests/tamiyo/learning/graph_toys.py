@@ -65,9 +65,8 @@ class ToyNetwork(nn.Module):
         pooled = [scatter(batch.x, node_batch, 0, num_graphs, how) for how in ("mean", "max")]
         value, urgency = self.graph(torch.cat([*pooled, batch.global_features], 1)).T
         logits = rows[:, 0] + self.wait_bias * batch.candidate_attr[:, 0]
-        risk_logits = rows[:, 1]
-        risk = risk_logits.sigmoid() * (1 - batch.candidate_attr[:, 0])
-        return PolicyOutput(logits, value, nn.functional.softplus(urgency), risk, risk_logits)
+        risk = rows[:, 1].sigmoid() * (1 - batch.candidate_attr[:, 0])
+        return PolicyOutput(logits, value, nn.functional.softplus(urgency), risk)
 
 
 def network(seed: int = 0, **kwargs: float) -> ToyNetwork:
