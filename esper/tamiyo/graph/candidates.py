@@ -11,7 +11,7 @@ distances (their position does not matter, GROWTH.md §8), and places beside lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import structs
@@ -20,9 +20,9 @@ from esper.errors import GrowthError
 from esper.kasmina.blueprints.registry import Cost
 from esper.tamiyo.graph.candidate_config import CandidateConfig
 from esper.tamiyo.graph.facts import WAIT, Candidate, CandidateAction, Placement
-from esper.tamiyo.graph.sizing import PriceCurves
+from esper.tamiyo.graph.plan import HostPlan, fitting
 from esper.tamiyo.policies.dormant import recyclable
-from esper.tamiyo.policies.shape import WIDENING, HiddenLayer, hidden_layers, layers_in_series, units
+from esper.tamiyo.policies.shape import HiddenLayer, hidden_layers, units
 from esper.tamiyo.policies.sizes import MAX_SIZE, Fit, Room
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ ENOUGH_IN_SERIES = 3
 
 
 def candidates(
-    state: GrowthState, config: CandidateConfig | None = None, *, curves: PriceCurves | None = None
+    state: GrowthState,
+    config: CandidateConfig | None = None,
+    *,
+    plan: HostPlan | None = None,
+    recycled: Mapping[str, int] | None = None,
 ) -> tuple[Candidate, ...]:
     """List what could be done, WAIT first.
 
@@ -45,12 +49,13 @@ def candidates(
         state: The decision point; its ``score`` is asked at most once, and only where something that is
             scored can be grown.
         config: Options; the defaults when None.
-        curves: Prices known from earlier decision points of the same run.
+        plan: What earlier decision points of the same run found out about places and prices.
+        recycled: Layer -> step at which it was last recycled: not again before it was measured since.
     """
     config = config or CandidateConfig()
-    finder = _Finder(state, config, curves or PriceCurves())
+    finder = _Finder(state, config, plan or HostPlan())
     grow = list(finder.grow())
-    keep = list(finder.recycle())
+    keep = list(finder.recycle(recycled or {}))
     for seed in state.seeds:
         if seed.stage != "fossilized":
             keep.append(finder.about(seed, "cull"))
@@ -63,46 +68,56 @@ def candidates(
 class _Finder:
     """The candidates of one state."""
 
-    def __init__(self, state: GrowthState, config: CandidateConfig, curves: PriceCurves) -> None:
-        self.state, self.config, self.curves = state, config, curves
+    def __init__(self, state: GrowthState, config: CandidateConfig, plan: HostPlan) -> None:
+        self.state, self.config = state, config
         self.room = Room.left(state)
         self.closed = _closed(state)
         self.hidden = hidden_layers(state)
         self.over = {layer.view.site.name for layer in self.hidden}
+        self.plan = plan
+        plan.follow(state, config, self.over)
 
     def grow(self) -> Iterator[Candidate]:
         """Whatever adds something."""
         yield from self._alike()
-        config = self.config
-        for view in self._long():
-            for name in self._fitting(view.site):
-                yield from self._sized([view], name, config.shares)
+        config, plan, sites = self.config, self.plan, self.state.sites
+        for i in plan.long:
+            for name in fitting(sites[i].site, config):
+                yield from self._sized([sites[i]], name, config.shares)
         for layer in self._narrowest():
             if layer.blueprint in config.blueprints:
                 yield from self._sized([layer.view], layer.blueprint, config.shares)
-        for view in self._stacks():
-            yield from self._sized([view], "stack", (1.0,))
-        for view, name in self._beside():
-            yield from self._sized([view], name, (1.0,))
+        for i in plan.stacks:
+            yield from self._sized([sites[i]], "stack", (1.0,))
+        for i, name in plan.beside:
+            yield from self._sized([sites[i]], name, (1.0,))
 
-    def recycle(self) -> Iterator[Candidate]:
-        """Layers with dormant units, in the order of the topology."""
-        state, least = self.state, self.config.min_dormancy
-        asleep = [
-            name for name, signal in state.health.items() if not signal.seed_id and signal.dormancy > least
-        ]
-        asleep.sort(key=lambda name: -state.health[name].dormancy)
-        chosen = set(asleep[: self.config.max_recycled])
+    def recycle(self, recycled: Mapping[str, int]) -> Iterator[Candidate]:
+        """Inner layers with dormant units, in the order of the topology."""
+        state, topology = self.state, self.state.topology
         grown_from = {seed.site for seed in state.seeds}
         read_by_seeds = {view.site.source for view in state.sites if view.site.name in grown_from}
-        for name in state.topology.layer_names:
-            if name in chosen:
-                free = recyclable(state.topology, name, read_by_seeds)
-                reason = (
-                    "" if free else f"what reads the units of {name} is not dense layers of its kind alone"
-                )
-                place = Placement(site="", source=name, target=name)
-                yield Candidate(action="recycle", placements=(place,), unavailable=reason)
+        asleep: dict[str, tuple[bool, float]] = {}
+        for layer in topology.layers:
+            signal = state.health.get(layer.name)
+            if (
+                layer.is_output
+                or layer.block
+                or signal is None
+                or signal.dormancy <= self.config.min_dormancy
+            ):
+                continue
+            asleep[layer.name] = (recyclable(topology, layer.name, read_by_seeds), signal.dormancy)
+        for name in sorted(
+            sorted(asleep, key=asleep.__getitem__)[-self.config.max_recycled :], key=list(asleep).index
+        ):
+            reason = ""
+            if not asleep[name][0]:
+                reason = f"what reads the units of {name} is not dense layers of its kind alone"
+            elif state.health[name].step <= recycled.get(name, -1):
+                reason = f"{name} was not measured since it was recycled at step {recycled[name]}"
+            place = Placement(site="", source=name, target=name)
+            yield Candidate(action="recycle", placements=(place,), unavailable=reason)
 
     def about(self, seed: SeedView, action: CandidateAction) -> Candidate:
         """What may be done about a seed that is on its way."""
@@ -130,41 +145,9 @@ class _Finder:
         if len(layers) > 1 and len(kinds) == 1:
             yield from self._sized([layer.view for layer in layers], kinds.pop(), self.config.shares)
 
-    def _long(self) -> list[SiteView]:
-        if not self.config.shortcut:
-            return []
-        topology = self.state.topology
-        found = [view for view in self.state.sites if view.site.long and view.site.name not in self.over]
-        found.sort(key=lambda view: not topology.layer(view.site.source).reads_input)
-        return found[: self.config.max_long]
-
     def _narrowest(self) -> list[HiddenLayer]:
         by_neck = sorted(range(len(self.hidden)), key=lambda i: (self.hidden[i].neck, self.hidden[i].width))
         return [self.hidden[i] for i in sorted(by_neck[: self.config.max_sites])]
-
-    def _stacks(self) -> list[SiteView]:
-        views = [view for view in self.state.sites if "stack" in self._fitting(view.site)]
-        count = self.config.max_stacks
-        return views if len(views) <= count else [views[i * len(views) // count] for i in range(count)]
-
-    def _beside(self) -> list[tuple[SiteView, str]]:
-        """Parallel sites, and linear maps around a single layer; one blueprint of every place before a second."""
-        wanted: list[tuple[int, int, SiteView, str]] = []
-        for view in self.state.sites:
-            site = view.site
-            if site.kind == "stack" or (site.long and site.name not in self.over):
-                continue
-            names = [name for name in self._fitting(site) if name not in WIDENING]
-            wanted += [(i, site.target_units, view, name) for i, name in enumerate(names)]
-        wanted.sort(key=lambda pair: pair[:2])
-        return [(view, name) for _, _, view, name in wanted[: self.config.max_beside]]
-
-    def _fitting(self, site: Site) -> list[str]:
-        return [
-            name
-            for name in self.config.blueprints
-            if name in site.blueprints and (self.config.shortcut or not site.long or name in WIDENING)
-        ]
 
     def _sized(self, views: Sequence[SiteView], name: str, shares: Sequence[float]) -> Iterator[Candidate]:
         """A candidate for every different size that ``shares`` of the budget buy; else one that says why none."""
@@ -187,10 +170,10 @@ class _Finder:
         least = min(self.config.min_size, most)
         found: list[Fit] = []
         for share in sorted(shares):
-            fit = self.curves.largest(self.state, places, _share(self.room, share), most=most)
+            fit = self.plan.curves.largest(self.state, places, _share(self.room, share), most=most)
             if fit is None or fit in found:
                 continue
-            if fit.size >= least or self.curves.ends_below(self.state, places[0], least):
+            if fit.size >= least or self.plan.curves.ends_below(self.state, places[0], least):
                 found.append(fit)
         return found
 
@@ -202,7 +185,7 @@ class _Finder:
         return f"{count} seeds at once are more than the {which} that are left"
 
     def _scores(self, found: Sequence[Candidate]) -> dict[str, SiteScore]:
-        around = layers_in_series(self.state.topology) >= ENOUGH_IN_SERIES
+        around = self.plan.series >= ENOUGH_IN_SERIES
         names = {
             place.site: None
             for candidate in found

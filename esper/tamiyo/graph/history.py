@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from esper.errors import CheckpointError, ConfigError
-from esper.messages import HealthSignal
-from esper.tamiyo.graph.sizing import PriceCurves
+from esper.messages import Decision, HealthSignal
+from esper.tamiyo.graph.plan import HostPlan
 
 if TYPE_CHECKING:
     from esper.tamiyo.state import GrowthState
@@ -29,7 +29,8 @@ class History:
         max_losses: Decision points whose loss is kept.
 
     Attributes:
-        curves: Prices seen so far; not part of the state, because they can be counted again.
+        plan: Places and prices found out so far; not part of the state, because they can be found out again.
+        recycled: Layer -> step of the last decision to recycle it.
     """
 
     def __init__(self, window: int = 100, *, max_signals: int = 4096, max_losses: int = 100) -> None:
@@ -40,7 +41,8 @@ class History:
             )
         self.window = window
         self.max_signals = max_signals
-        self.curves = PriceCurves()
+        self.plan = HostPlan()
+        self.recycled: dict[str, int] = {}
         self._signals: dict[tuple[str, str], deque[HealthSignal]] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=max_losses)
 
@@ -58,6 +60,12 @@ class History:
             known = self._signals.setdefault((signal.layer_id, signal.seed_id), deque(maxlen=self.window))
             if not known or signal.step > known[-1].step:
                 known.append(signal)
+
+    def note_decisions(self, decisions: Iterable[Decision], step: int) -> None:
+        """Remember what was decided at ``step``, as far as the next candidates depend on it."""
+        for decision in decisions:
+            if decision.action == "recycle":
+                self.recycled[decision.site] = step
 
     @property
     def signals(self) -> tuple[HealthSignal, ...]:
@@ -79,7 +87,11 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         kept = [list(known) for known in self._signals.values()]
-        return {"signals": msgspec.to_builtins(kept), "losses": [list(pair) for pair in self._losses]}
+        return {
+            "signals": msgspec.to_builtins(kept),
+            "losses": [list(pair) for pair in self._losses],
+            "recycled": dict(self.recycled),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take on what :meth:`state_dict` returned.
@@ -90,12 +102,14 @@ class History:
         try:
             kept = msgspec.convert(state["signals"], list[list[HealthSignal]])
             losses = msgspec.convert(state["losses"], list[tuple[int, float]])
+            recycled = msgspec.convert(state["recycled"], dict[str, int])
         except (KeyError, msgspec.ValidationError) as error:
             raise CheckpointError(
-                f"expected the state of a History (signals, losses), but {error!r}; was the checkpoint written "
-                "by another version?"
+                f"expected the state of a History (signals, losses, recycled), but {error!r}; was the "
+                "checkpoint written by another version?"
             ) from error
         self._signals = {
             (known[0].layer_id, known[0].seed_id): deque(known, maxlen=self.window) for known in kept if known
         }
         self._losses = deque(losses, maxlen=self._losses.maxlen)
+        self.recycled = recycled

@@ -38,7 +38,7 @@ def decision_point(
         measure: Measure the held-out loss (charged), when something may grow.
     """
     history.note(state)
-    found = candidates(state, config, curves=history.curves)
+    found = candidates(state, config, plan=history.plan, recycled=history.recycled)
     may_grow = any(c.action == "grow" and not c.unavailable for c in found)
     held_out = state.measure_held_out_loss() if measure and may_grow else None
     return DecisionPoint(
