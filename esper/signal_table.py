@@ -220,8 +220,32 @@ class SignalTable(Sequence[HealthSignal]):
         """Layer and seed ids as they travel."""
         return _write_ids(self.layer_ids, self.seed_ids)
 
+    @classmethod
+    def of_blocks(
+        cls,
+        layer_ids: Sequence[str],
+        seed_ids: Sequence[str],
+        floats: NDArray[np.float64],
+        counts: NDArray[np.uint64],
+        flags: NDArray[np.bool_],
+    ) -> SignalTable:
+        """The table of what :attr:`blocks` of others gave, columns chosen and joined as one likes.
+
+        Args:
+            layer_ids: layer of each signal, ``n`` of them.
+            seed_ids: seed of each, empty for a layer's own.
+            floats: ``[12, n]``.
+            counts: ``[6, n]``.
+            flags: ``[1, n]``.
+        """
+        num = len(layer_ids)
+        shapes = (floats.shape, counts.shape, flags.shape)
+        assert shapes == ((len(_RANGES), num), (len(_COUNTS), num), (len(_FLAGS), num)), shapes
+        return cls(layer_ids, seed_ids, floats.tobytes() + counts.tobytes() + flags.tobytes())
+
     @cached_property
-    def _rows(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def blocks(self) -> tuple[NDArray[np.float64], NDArray[np.uint64], NDArray[np.bool_]]:
+        """All columns: ``[12, n]`` float64, ``[6, n]`` uint64 and ``[1, n]`` bool, read-only."""
         return _views(self.columns, len(self.layer_ids))
 
     def column(self, name: str) -> NDArray[Any]:
@@ -231,19 +255,19 @@ class SignalTable(Sequence[HealthSignal]):
             KeyError: no such column.
         """
         rows, row, _ = _PLACES[name]
-        column: NDArray[Any] = self._rows[rows][row]
+        column: NDArray[Any] = self.blocks[rows][row]
         return column
 
     def row(self, index: int) -> HealthSignal:
         """One signal, without building the others; ``index`` from 0."""
-        values = [rows[:, index].tolist() for rows in self._rows]
+        values = [rows[:, index].tolist() for rows in self.blocks]
         figures = [values[rows][row] for rows, row in _ORDER]
         return HealthSignal(self.layer_ids[index], self.seed_ids[index], *figures)
 
     @cached_property
     def signals(self) -> list[HealthSignal]:
         """All signals as objects."""
-        values = [rows.tolist() for rows in self._rows]
+        values = [rows.tolist() for rows in self.blocks]
         figures = [values[rows][row] for rows, row in _ORDER]
         return list(map(HealthSignal, self.layer_ids, self.seed_ids, *figures))
 

@@ -192,3 +192,11 @@ def test_columns_that_do_not_fit_are_refused_where_they_are_made(changes: dict[s
 def test_objects_with_values_of_another_type_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(MessageError, match=f"in the field {next(iter(changes))}"):
         SignalTable.of([signal(**changes)])
+
+
+def test_columns_chosen_from_a_table_make_another() -> None:
+    table = SignalTable.of([signal(layer_id=name, step=step) for step, name in enumerate("abc")])
+    floats, counts, flags = (block[:, [2, 0]] for block in table.blocks)
+    chosen = SignalTable.of_blocks(("c", "a"), table.seed_ids[:2], floats, counts, flags)
+    assert list(chosen) == [table[2], table[0]]
+    assert SignalTable.read(chosen.ids, chosen.columns) == chosen

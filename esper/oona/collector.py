@@ -1,4 +1,7 @@
-"""The latest health signals, as read from the bus."""
+"""The latest health signals, as read from the bus: all that ``esper watch`` needs.
+
+What Tamiyo decides from is filtered, buffered and counted by :mod:`esper.tamiyo.collection`.
+"""
 
 from __future__ import annotations
 

@@ -140,6 +140,18 @@ class Subscriber:
             accept(data, messages)
         return messages
 
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when :meth:`poll` may have something, for an event loop.
+
+        Only a change makes it readable, and reading takes the mark away: poll until nothing comes, then wait.
+
+        Raises:
+            ValueError: the subscriber is closed.
+        """
+        if self._socket.closed:
+            raise ValueError(f"{self!r} has no descriptor")
+        return int(self._socket.getsockopt(zmq.FD))
+
     def _accept(self, data: bytes, messages: list[tuple[str, Message]]) -> None:
         try:
             topic, publisher, sequence, message = read_frame(

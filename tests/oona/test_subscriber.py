@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import struct
 from collections.abc import Iterator
 
@@ -112,3 +113,18 @@ def test_a_run_without_telemetry_cannot_be_subscribed_to() -> None:
         Subscriber(RunInfo(run_id="r", pid=1, started=0.0))
     with pytest.raises(ConfigError, match="begin with ipc:// or tcp://"):
         Subscriber("udp://127.0.0.1:1")
+
+
+def test_its_descriptor_says_when_there_is_something_to_read(sender: zmq.Socket[bytes]) -> None:
+    with Subscriber(ADDRESS) as subscriber:
+        poller = select.poll()
+        poller.register(subscriber.fileno(), select.POLLIN)
+        while subscriber.poll(0) or poller.poll(50):  # until the connection has settled
+            pass
+        sender.send(encode(RECORD))
+        assert poller.poll(2000)
+        assert subscriber.poll(0) == [(TOPICS["growth"], RECORD)]
+        assert subscriber.poll(0) == []
+        assert not poller.poll(50)
+    with pytest.raises(ValueError, match="closed"):
+        subscriber.fileno()
