@@ -24,8 +24,8 @@ class History:
 
     Args:
         window: Sampled steps that are kept of one layer or seed.
-        max_signals: Kept of all together; in a deep host the oldest go first, whatever ``window`` says, so
-            that a decision point can be stored and turned into a graph quickly.
+        max_signals: Told of all together, and one of each at least; in a deep host the oldest are left out,
+            whatever ``window`` says, so that a decision point can be stored and turned into a graph quickly.
         max_losses: Decision points whose loss is kept.
 
     Attributes:
@@ -47,19 +47,22 @@ class History:
         self._losses: deque[tuple[int, float]] = deque(maxlen=max_losses)
 
     def note(self, state: GrowthState) -> None:
-        """Take note of a decision point; noting one twice changes nothing."""
-        self.extend(state.health.values())
+        """Take note of a decision point, and forget culled seeds; noting one twice changes nothing."""
+        alive = {"", *(seed.seed_id for seed in state.seeds)}
+        self._signals = {key: known for key, known in self._signals.items() if key[1] in alive}
+        self.extend(signal for signal in state.health.values() if signal.seed_id in alive)
         if math.isfinite(state.train_loss):
-            if self._losses and self._losses[-1][0] >= state.step:
+            while self._losses and self._losses[-1][0] >= state.step:
                 self._losses.pop()
             self._losses.append((state.step, state.train_loss))
 
     def extend(self, signals: Iterable[HealthSignal]) -> None:
-        """Take those signals that are newer than what is known of their layer or seed."""
+        """Take signals, oldest first; of a run that went back to a snapshot, what came after it is forgotten."""
         for signal in signals:
             known = self._signals.setdefault((signal.layer_id, signal.seed_id), deque(maxlen=self.window))
-            if not known or signal.step > known[-1].step:
-                known.append(signal)
+            while known and known[-1].step >= signal.step:
+                known.pop()
+            known.append(signal)
 
     def note_decisions(self, decisions: Iterable[Decision], step: int) -> None:
         """Remember what was decided at ``step``, as far as the next candidates depend on it."""
@@ -72,7 +75,7 @@ class History:
         """All that is kept, oldest first; of one step in the order in which layers first spoke."""
         each = max(1, self.max_signals // max(1, len(self._signals)))
         recent = [s for known in self._signals.values() for s in list(known)[-each:]]
-        return tuple(sorted(recent, key=lambda signal: signal.step)[-self.max_signals :])
+        return tuple(sorted(recent, key=lambda signal: signal.step))
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -110,8 +110,8 @@ class SignalWindow:
         return _bounded(np.fromiter(found, np.float64, len(self._signals)))
 
     def _sum(self, values: Column) -> Column:
-        total: Column = np.bincount(self._layer, weights=values, minlength=len(self.names))
-        return total
+        total = np.bincount(self._layer, weights=values, minlength=len(self.names))
+        return np.asarray(total, np.float64)
 
 
 def problems(window: SignalWindow) -> dict[str, str]:
