@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from esper.tamiyo.geometric import Batch
+from esper.tamiyo.graph.data import CandidateGraph
 from esper.tamiyo.learning.gae import gae
 from esper.tamiyo.learning.packed import batch
 from esper.tamiyo.learning.replay import Experience
@@ -44,7 +44,7 @@ class Minibatch:
         ages: Optimizer steps since each came [B].
     """
 
-    graphs: Batch
+    graphs: CandidateGraph
     actions: Tensor
     logprobs: Tensor
     advantages: Tensor

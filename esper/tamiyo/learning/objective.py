@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esper.tamiyo.geometric import Batch
+from esper.tamiyo.graph.data import CandidateGraph
 from esper.tamiyo.learning.config import TrainingConfig
 from esper.tamiyo.learning.loss import (
     decoupled_policy_loss,
@@ -110,7 +110,11 @@ def objective(
 
 
 def _uncertainty(
-    policy: nn.Module, graphs: Batch, current: CandidateDistribution, config: TrainingConfig, seed: int
+    policy: nn.Module,
+    graphs: CandidateGraph,
+    current: CandidateDistribution,
+    config: TrainingConfig,
+    seed: int,
 ) -> Tensor:
     """How much a dropout draw disagrees beyond what is let pass, on average over graphs."""
     if config.uncertainty_regularization == 0:
@@ -126,5 +130,7 @@ def _uncertainty(
     return (disagreement(dropped, current) - config.epistemic_threshold).clamp(min=0.0).mean()
 
 
-def _distribution(logits: Tensor, graphs: Batch) -> CandidateDistribution:
-    return CandidateDistribution(logits, graphs.candidate_mask, graphs.candidate_batch, graphs.num_graphs)
+def _distribution(logits: Tensor, graphs: CandidateGraph) -> CandidateDistribution:
+    return CandidateDistribution(
+        logits, graphs.candidate_mask, graphs.candidate_batch, len(graphs.global_features)
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esper.tamiyo.geometric import scatter
 from esper.tamiyo.graph.data import CandidateGraph
+from esper.tamiyo.learning.packed import PackedGraph, batch
 from esper.tamiyo.learning.trajectory import Trajectory, Transition
 from esper.tamiyo.network.distribution import CandidateDistribution
 from esper.tamiyo.network.network import PolicyOutput
@@ -87,9 +88,7 @@ class Choice:
 @torch.no_grad()
 def choose(policy: nn.Module, states: Sequence[CandidateGraph], generator: torch.Generator) -> list[tuple]:
     """Draw a candidate for each state: (action, logprob, value)."""
-    from esper.tamiyo.learning.packed import batch
-
-    joined = batch(states)
+    joined = batch([PackedGraph.pack(state) for state in states])
     output = policy(joined)
     distribution = CandidateDistribution(
         output.logits, joined.candidate_mask, joined.candidate_batch, len(states)
@@ -126,3 +125,57 @@ def bandit_rollout(
         Trajectory([Transition.of(state, action, logprob, bandit_reward(state, action), value=value)])
         for state, (action, logprob, value) in zip(states, choose(policy, states, generator), strict=True)
     ]
+
+
+EARLY, LATE = 0.0, 1.0
+
+
+def timing_rollout(
+    policy: nn.Module, num: int, rng: np.random.Generator, generator: torch.Generator
+) -> list[Trajectory]:
+    """Two decisions, of which one may act; each layer's number says whether early or late is right.
+
+    Acting at the right one earns 1, at the wrong one -0.5, waiting twice nothing: the first WAIT is worth what
+    can still be done later, which only a value that looks ahead knows. Acting always early earns 0.25.
+    """
+    ripe = rng.integers(0, 2, size=num)
+    first = [graph([2.0 * r - 1.0], context=EARLY) for r in ripe]
+    one = choose(policy, first, generator)
+    second = [
+        graph([2.0 * r - 1.0], context=LATE, unavailable=[1] if action else [])
+        for r, (action, _, _) in zip(ripe, one, strict=True)
+    ]
+    two = choose(policy, second, generator)
+    found = []
+    for i, r in enumerate(ripe):
+        steps = []
+        for states, choices, right in ((first, one, r == EARLY), (second, two, r == LATE)):
+            action, logprob, value = choices[i]
+            reward = (1.0 if right else -0.5) if action else 0.0
+            steps.append(Transition.of(states[i], action, logprob, reward, value=value))
+        found.append(Trajectory(steps))
+    return found
+
+
+def delayed_rollout(
+    policy: nn.Module, num: int, rng: np.random.Generator, generator: torch.Generator
+) -> list[Trajectory]:
+    """Two decisions: to act first costs 0.2 and earns 1 later, to act later costs 0.5; WAIT is wrong, then right."""
+    del rng  # every episode is the same
+    first, second = graph([0.5, 0.5], context=EARLY), graph([0.5, 0.5], context=LATE)
+    found = []
+    for one, two in zip(
+        choose(policy, [first] * num, generator), choose(policy, [second] * num, generator), strict=True
+    ):
+        rewards = (-0.2 if one[0] else 0.0, (1.0 if one[0] else 0.0) - (0.5 if two[0] else 0.0))
+        found.append(
+            Trajectory(
+                [
+                    Transition.of(state, action, logprob, reward, value=value)
+                    for state, (action, logprob, value), reward in zip(
+                        (first, second), (one, two), rewards, strict=True
+                    )
+                ]
+            )
+        )
+    return found

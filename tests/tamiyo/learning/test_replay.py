@@ -12,7 +12,8 @@ from torchrl.data import ListStorage, PrioritizedSampler
 from torchrl.data.replay_buffers.samplers import prioritized
 
 from esper.errors import CheckpointError, DataFormatError
-from esper.tamiyo.learning.packed import PackedGraph, pack_many, unpack_many
+from esper.tamiyo.geometric import Batch
+from esper.tamiyo.learning.packed import PackedGraph, batch, pack_many, unpack_many
 from esper.tamiyo.learning.replay import Experience, ReplayBuffer
 from esper.tamiyo.learning.segment_tree import SegmentTree
 from esper.tamiyo.learning.trajectory import Trajectory, Transition
@@ -219,6 +220,15 @@ def test_graphs_survive_packing():
             assert torch.equal(back[key], original[key])
             assert back[key].dtype == original[key].dtype
         assert packed.mask.tolist() == original.candidate_mask.tolist()
+
+
+def test_graphs_are_joined_as_torch_geometric_joins_them():
+    graphs = [graph([1.0, 2.0, 3.0], unavailable=[2]), graph([4.0], context=0.5), graph([5.0, 6.0])]
+    theirs, ours = Batch.from_data_list(graphs), batch([PackedGraph.pack(g) for g in graphs])
+    assert set(ours.keys()) == set(theirs.keys())
+    for key in theirs.keys():  # noqa: SIM118
+        assert torch.equal(ours[key], theirs[key])
+        assert ours[key].dtype == theirs[key].dtype
 
 
 @pytest.mark.parametrize(
