@@ -46,7 +46,7 @@ def run(
         MissingExtraError: pyarrow is not installed.
     """
     from esper.tamiyo.oracle.splits import of_split
-    from esper.tamiyo.oracle.survey import survey
+    from esper.tamiyo.oracle.survey import UNTUNED, survey
     from esper.tamiyo.oracle.table import read_table
 
     records = read_table(Path(table) if table else TABLE)
@@ -59,7 +59,7 @@ def run(
     }
     for (price, within), value in found.reliability.items():
         figures[f"reliability_{'within_' if within else ''}{price:g}"] = value
-    for split in dict.fromkeys(row.split for row in found.rows):
+    for split in dict.fromkeys(row.split for row in found.rows if row.split != UNTUNED):
         own = of_split(records, split)
         figures[f"{split}_states"] = len(own)
         figures[f"{split}_hosts"] = len({record.host_key for record in own})

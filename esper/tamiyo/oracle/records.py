@@ -1,14 +1,13 @@
 """One state of the oracle table: a decision point, and how the run ended after each of its candidates.
 
-Legend: C candidates of a decision point (WAIT is 0), R repeats. A repeat is an order of the data and a seed for
-new weights, shared by all candidates of the state, so that they can be compared pair by pair.
+Legend: C candidates of a decision point (WAIT is 0), R repeats. A repeat is an order of the data from the decision
+on, shared by all candidates of the state, so that they can be compared pair by pair.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -25,7 +24,6 @@ __all__ = [
     "Outcome",
     "StateRecord",
     "check_record",
-    "fingerprint",
     "restrict",
     "uses_shortcut",
     "utilities",
@@ -50,8 +48,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         training_flops: Of the whole run, the part before the decision included.
         forward_flops: Of one forward pass of one sample at the end.
         wall_time_s: From the decision to the end.
-        culled: Seeds that the run lost after the decision.
-        rolled_back: Times that the governor went back to a snapshot after the decision.
+        culled: Seeds that the whole run lost.
+        rolled_back: Times that the governor went back to a snapshot, in the whole run.
+        refused: Decisions of the whole run that were not carried out, and why.
         error: Why there is no outcome; then the losses are infinite.
     """
 
@@ -66,6 +65,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     wall_time_s: NonNegative
     culled: Count = 0
     rolled_back: Count = 0
+    refused: str = ""
     error: str = ""
 
 
@@ -146,14 +146,6 @@ def restrict(record: StateRecord, keep: Callable[[Candidate], bool]) -> StateRec
         if outcome.candidate in new
     )
     return msgspec.structs.replace(record, point=point, outcomes=outcomes)
-
-
-def fingerprint(records: Sequence[StateRecord]) -> str:
-    """SHA-256 of all that the records say, in their order."""
-    digest, encoder = hashlib.sha256(), msgspec.msgpack.Encoder(order="deterministic")
-    for record in records:
-        digest.update(encoder.encode(record))
-    return digest.hexdigest()
 
 
 def check_record(record: StateRecord) -> None:

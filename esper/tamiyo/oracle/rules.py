@@ -46,13 +46,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class _Widening:
-    """A candidate that adds units to one hidden layer."""
+    """A candidate that adds units to one hidden layer; ``neck`` below 1: narrower than what is around it."""
 
     index: int
     layer: str
     width: int
     product: int
     parameters: int
+    neck: float
+    scored: bool
     share: float
     z: float
 
@@ -132,23 +134,34 @@ def recycle(point: DecisionPoint, *, above: float) -> int:
     return -index if share > above else _WAIT
 
 
-def expressivity(point: DecisionPoint, *, size: Size, least_share: float, least_z: float = 3.0) -> int:
+def expressivity(
+    point: DecisionPoint, *, size: Size, least_share: float, least_z: float = 3.0, bad_shape: float = 0.5
+) -> int:
     """Recycle what sleeps; else the best site whose whitened score clears its noise floor.
 
-    The order of :class:`~esper.tamiyo.policies.expressivity.ExpressivityPolicy`: the way around first where three
-    or more layers stand in series, transformers by tokens per parameter.
+    The order of :class:`~esper.tamiyo.policies.expressivity.ExpressivityPolicy`: transformers by tokens per
+    parameter; the way around first, where three or more layers stand in series. A site that could not be scored
+    within its share of the FLOPs counts as clear where a layer is a neck.
     """
     if asleep := recycle(point, above=0.3):
         return asleep
     if point.run.transformer:
         return tokens_per_parameter(point, size=size, above=110.0)
+    found = _widenings(point)
+    neck = min(found, key=lambda w: w.neck, default=None)
+    is_neck = neck is not None and neck.neck < bad_shape
     if around := shortcut(point, size=size, least_layers=ENOUGH_IN_SERIES):
+        scored = point.candidates[around].placements[0].score is not None
         share, z = _score(point.topology, point.candidates[around])
-        if share >= least_share and z >= least_z:
+        if (share >= least_share and z >= least_z) if scored else is_neck:
             return around
-    clear = [w for w in _widenings(point) if w.share >= least_share and w.z >= least_z]
-    best = max((w.share for w in clear), default=0.0)
-    return _sized([w for w in clear if w.share == best], size)
+    clear = [w for w in found if w.scored and w.share >= least_share and w.z >= least_z]
+    if clear:
+        best = max(w.share for w in clear)
+        return _sized([w for w in clear if w.share == best], size)
+    if neck is None or not is_neck or neck.scored:
+        return _WAIT
+    return _sized([w for w in found if w.layer == neck.layer], size)
 
 
 def _offered(point: DecisionPoint, action: str) -> list[tuple[int, Candidate]]:
@@ -176,8 +189,21 @@ def _widenings(point: DecisionPoint) -> list[_Widening]:
         width = units(layer.output_shape, layer.image)
         product = layer.num_parameters // max(1, width) * units(target.output_shape, target.image)
         share, z = _score(topology, candidate)
-        found.append(_Widening(index, layer.name, width + grown, product, candidate.parameters, share, z))
+        neck = _neck(topology, layer.name, width + grown)
+        scored = placement.score is not None
+        found.append(
+            _Widening(index, layer.name, width + grown, product, candidate.parameters, neck, scored, share, z)
+        )
     return found
+
+
+def _neck(topology: ModelTopology, name: str, width: int) -> float:
+    """Width over the smaller of the widest layer before and the widest behind; in and output count as layers."""
+    leaves = [layer for layer in topology.layers if not layer.block]
+    place = next(index for index, layer in enumerate(leaves) if layer.name == name)
+    before = max(units(layer.input_shape, layer.image) for layer in leaves[: place + 1])
+    behind = max(units(layer.output_shape, layer.image) for layer in leaves[place + 1 :])
+    return width / max(1, min(before, behind))
 
 
 def _over_one_layer(topology: ModelTopology, candidate: Candidate) -> bool:

@@ -24,9 +24,11 @@ from esper.tamiyo.oracle.records import StateRecord, restrict, uses_shortcut
 from esper.tamiyo.oracle.rules import Rule
 from esper.tamiyo.oracle.splits import of_split
 
-__all__ = ["Row", "Survey", "survey"]
+__all__ = ["ORACLE", "UNTUNED", "Row", "Survey", "survey"]
 
 ORACLE = "oracle"
+UNTUNED = "train+test"
+"""Hosts that the rules' options were not chosen on: what the rules are judged by in known families."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Row:
     """One chooser on one group of states at one price.
 
     Attributes:
-        split: Of the states.
+        split: Of the states, or :data:`UNTUNED`.
         family: Of the states; empty for all families of the split.
         price: λ.
         shortcut: Whether long ways around were offered.
@@ -74,7 +76,7 @@ class Survey:
     """Rows, and what has no chooser.
 
     Attributes:
-        rows: Of every split, and of every family in it.
+        rows: Of every split; of ``train`` and ``test`` together and of ``sealed`` by family too.
         wait_share: ``(split, family, price)`` -> share of states in which no action pays on a second look; all
             candidates offered.
         reliability: ``(price, within)`` -> of the open splits and the sealed one together.
@@ -125,14 +127,16 @@ def survey(records: Sequence[StateRecord], prices: Sequence[float] = PRICES) -> 
 
 
 def _groups(records: Sequence[StateRecord]) -> list[tuple[str, str, list[StateRecord]]]:
-    found: list[tuple[str, str, list[StateRecord]]] = []
-    for split in SPLITS:
-        own = of_split(records, split)
-        if own:
-            found.append((split, "", own))
-            for family in sorted({record.family for record in own}):
-                found.append((split, family, [record for record in own if record.family == family]))
-    return found
+    """Each split whole; and by family what the rules were not tuned on, as far as it may be looked at alike."""
+    found: list[tuple[str, str, list[StateRecord]]] = [
+        (split, "", of_split(records, split)) for split in SPLITS
+    ]
+    untuned = of_split(records, "train") + of_split(records, "test")
+    found.append((UNTUNED, "", untuned))
+    for split, own in ((UNTUNED, untuned), ("sealed", of_split(records, "sealed"))):
+        for family in sorted({record.family for record in own}):
+            found.append((split, family, [record for record in own if record.family == family]))
+    return [group for group in found if group[2]]
 
 
 def _rows(

@@ -2,12 +2,14 @@
 
 ``states.parquet`` holds each decision point as msgpack, so that a later version of the graph features can be
 made from it; ``outcomes.parquet`` is flat, for whatever reads Parquet. Both carry the version of the schema and
-one fingerprint of all records, so files that were edited, or that do not belong together, are refused.
+one fingerprint of all rows, so files that were edited, or that do not belong together, are refused. It is taken
+of the rows as stored: structs that gain a field with a default still read an older table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,13 @@ from esper.atomic import replacing
 from esper.errors import DataFormatError, DataNotFoundError, MissingExtraError
 from esper.tamiyo.environment.specs import HostSpec
 from esper.tamiyo.graph.facts import FACTS_VERSION, Candidate, DecisionPoint
-from esper.tamiyo.oracle.records import Moment, Outcome, StateRecord, check_record, fingerprint
+from esper.tamiyo.oracle.records import Moment, Outcome, StateRecord, check_record
 from esper.tamiyo.oracle.splits import check_splits
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["OUTCOMES", "STATES", "TABLE_VERSION", "read_table", "write_table"]
+__all__ = ["OUTCOMES", "STATES", "TABLE_VERSION", "fingerprint", "read_table", "write_table"]
 
 TABLE_VERSION = 1
 """Counts changes of the columns and of what they mean."""
@@ -42,17 +44,20 @@ def write_table(folder: Path, records: Sequence[StateRecord]) -> None:
     """
     _check(records)
     parquet, schemas = _parquet(), _schemas()
+    import pyarrow as pa
+
+    rows = {
+        STATES: [_state_row(record) for record in records],
+        OUTCOMES: [row for record in records for row in _outcome_rows(record)],
+    }
     metadata = {
         "esper.oracle_version": str(TABLE_VERSION),
         "esper.facts_version": str(FACTS_VERSION),
-        "esper.fingerprint": fingerprint(records),
+        "esper.fingerprint": fingerprint(rows[STATES], rows[OUTCOMES]),
     }
-    import pyarrow as pa
-
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {STATES: map(_state_row, records), OUTCOMES: (row for r in records for row in _outcome_rows(r))}
     for name, schema in schemas.items():
-        table = pa.Table.from_pylist(list(rows[name]), schema=schema.with_metadata(metadata))
+        table = pa.Table.from_pylist(rows[name], schema=schema.with_metadata(metadata))
         with replacing(folder / name) as temporary:
             parquet.write_table(table, temporary, compression="zstd", compression_level=15)
 
@@ -69,24 +74,32 @@ def read_table(folder: Path) -> list[StateRecord]:
     marks = [table.schema.metadata[b"esper.fingerprint"] for table in (states, outcomes)]
     if marks[0] != marks[1]:
         raise DataFormatError(f"{STATES} and {OUTCOMES} in {folder} come from two tables; generate them anew")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in outcomes.to_pylist():
-        rows.setdefault(row["state_id"], []).append(row)
-    records = [_record(row, rows.get(row["state_id"], []), folder) for row in states.to_pylist()]
+    state_rows, outcome_rows = states.to_pylist(), outcomes.to_pylist()
+    if (found := fingerprint(state_rows, outcome_rows)).encode() != marks[0]:
+        raise DataFormatError(
+            f"the table in {folder} was changed after it was written: its fingerprint is {marks[0].decode()[:12]}..., "
+            f"that of its rows {found[:12]}...; generate it anew"
+        )
+    by_state: dict[str, list[dict[str, Any]]] = {}
+    for row in outcome_rows:
+        by_state.setdefault(row["state_id"], []).append(row)
+    records = [_record(row, by_state.get(row["state_id"], []), folder) for row in state_rows]
     _check(records)
-    if unknown := sorted(rows.keys() - {record.state_id for record in records}):
+    if unknown := sorted(by_state.keys() - {record.state_id for record in records}):
         raise DataFormatError(
             f"{folder / OUTCOMES} has outcomes of states that {STATES} lacks: {unknown[:3]}"
         )
     for record in records:
-        if rows[record.state_id] != _outcome_rows(record):
-            raise DataFormatError(f"{STATES} and {OUTCOMES} in {folder} differ about {record.state_id!r}")
-    if fingerprint(records).encode() != marks[0]:
-        raise DataFormatError(
-            f"the table in {folder} was changed after it was written: its fingerprint is {marks[0].decode()[:12]}..., "
-            f"that of its rows {fingerprint(records)[:12]}...; generate it anew"
-        )
+        _check_flat(record, by_state[record.state_id], folder)
     return records
+
+
+def fingerprint(states: Sequence[Mapping[str, Any]], outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of all rows of both files, in their order."""
+    digest, encoder = hashlib.sha256(), msgspec.msgpack.Encoder(order="deterministic")
+    for row in (*states, *outcomes):
+        digest.update(encoder.encode(row))
+    return digest.hexdigest()
 
 
 def _check(records: Sequence[StateRecord]) -> None:
@@ -187,6 +200,23 @@ def _outcome(row: dict[str, Any], folder: Path) -> Outcome:
         raise DataFormatError(f"an outcome of {row['state_id']!r} in {folder / OUTCOMES}: {error}") from error
 
 
+def _check_flat(record: StateRecord, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Check that columns which repeat what the state says do say the same."""
+    for row in rows:
+        candidate = record.point.candidates[row["candidate"]]
+        told = (row["split"], row["family"], row["step"], row["action"])
+        try:
+            same = msgspec.json.decode(row["candidate_json"], type=Candidate) == candidate
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise DataFormatError(
+                f"a candidate of {record.state_id!r} in {folder / OUTCOMES}: {error}"
+            ) from error
+        if not same or told != (record.split, record.family, record.point.run.step, candidate.action):
+            raise DataFormatError(
+                f"{STATES} and {OUTCOMES} in {folder} differ about candidate {row['candidate']} of {record.state_id!r}"
+            )
+
+
 def _candidate_json(candidate: Candidate) -> str:
     return msgspec.json.encode(candidate, order="deterministic").decode()
 
@@ -219,6 +249,7 @@ def _schemas() -> dict[str, pa.Schema]:
         *(required(name, real) for name in ("training_flops", "forward_flops", "wall_time_s")),
         required("culled", pa.int32()),
         required("rolled_back", pa.int32()),
+        required("refused", text),
         required("error", text),
     ]
     return {STATES: pa.schema(states), OUTCOMES: pa.schema(outcomes)}

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from esper.errors import DataFormatError, DataNotFoundError
 from esper.tamiyo.oracle.records import StateRecord
 from esper.tamiyo.oracle.shards import finished, read_shards, write_shard
-from esper.tamiyo.oracle.table import OUTCOMES, STATES, read_table, write_table
+from esper.tamiyo.oracle.table import OUTCOMES, STATES, fingerprint, read_table, write_table
 
 
 def records() -> list[StateRecord]:
@@ -34,14 +34,39 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert set(flat.column("action").to_pylist()) == {"wait", "grow", "recycle"}
 
 
+def change(folder: Path, file: str, column: str, value: object, *, forge: bool) -> None:
+    """Change one cell of the first row, and with ``forge`` the fingerprints too."""
+    tables = {name: parquet.read_table(folder / name) for name in (STATES, OUTCOMES)}
+    rows = {name: table.to_pylist() for name, table in tables.items()}
+    rows[file][0][column] = value
+    for name, table in tables.items():
+        metadata = dict(table.schema.metadata)
+        if forge:
+            metadata[b"esper.fingerprint"] = fingerprint(rows[STATES], rows[OUTCOMES]).encode()
+        changed = pa.Table.from_pylist(rows[name], schema=table.schema.with_metadata(metadata))
+        parquet.write_table(changed, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "value"),
+    [(OUTCOMES, "held_out_loss", 0.123), (OUTCOMES, "parameters", 7), (STATES, "point", b"\x80")],
+)
+def test_a_changed_cell_is_refused(tmp_path: Path, file: str, column: str, value: object) -> None:
+    write_table(tmp_path, records())
+    change(tmp_path, file, column, value, forge=False)
+    with pytest.raises(DataFormatError, match="was changed after it was written"):
+        read_table(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "column", "value", "said"),
     [
-        (OUTCOMES, "held_out_loss", 0.123, "was changed after it was written"),
-        (OUTCOMES, "family", "other", "differ about"),
-        (OUTCOMES, "candidate_json", "{}", "differ about"),
+        (OUTCOMES, "family", "other", "differ about candidate 0"),
+        (OUTCOMES, "candidate_json", '{"action": "grow"}', "differ about candidate 0"),
+        (OUTCOMES, "candidate_json", "{}", "missing required field"),
         (OUTCOMES, "state_id", "nobody", "expected one outcome of each of 7 available candidates"),
         (OUTCOMES, "repeat", -3, "repeat"),
+        (OUTCOMES, "held_out_loss", math.nan, "has the losses"),
         (STATES, "state_id", "validation-1", "twice in the table"),
         (STATES, "split", "test", "not those of its spec"),
         (STATES, "moment", "never", "Invalid enum value"),
@@ -49,12 +74,11 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         (STATES, "point", b"\x80", "missing required field"),
     ],
 )
-def test_a_changed_cell_is_refused(tmp_path: Path, file: str, column: str, value: object, said: str) -> None:
+def test_what_does_not_fit_together_is_refused_whatever_its_fingerprint(
+    tmp_path: Path, file: str, column: str, value: object, said: str
+) -> None:
     write_table(tmp_path, records())
-    table = parquet.read_table(tmp_path / file)
-    rows = table.to_pylist()
-    rows[0][column] = value
-    parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / file)
+    change(tmp_path, file, column, value, forge=True)
     with pytest.raises(DataFormatError, match=said):
         read_table(tmp_path)
 
