@@ -31,7 +31,8 @@ from esper.tamiyo.state import GrowthState, SeedView, SiteView
 
 BAD = (64, 16, 4, 16, 6, 10)
 UNIFORM = (64, 16, 16, 16, 16, 10)
-GROWING = [name for name in policy_names() if name != "off"]
+RULES = [name for name in policy_names() if name != "tamiyo"]  # a network's answers: policies/test_tamiyo.py
+GROWING = [name for name in RULES if name != "off"]
 
 
 # --- hosts -----------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_one_free_site_is_all_that_is_used(name: str) -> None:
             assert decision.action == "wait" or decision.site == free.name
 
 
-@pytest.mark.parametrize("name", policy_names())
+@pytest.mark.parametrize("name", RULES)
 def test_state_round_trip_gives_the_same_decisions(name: str) -> None:
     def states() -> list[GrowthState]:
         signals = {layer: health(layer, 0.4) for layer in ("fc0", "fc2")}

@@ -65,8 +65,8 @@ class PolicyConfig:
     uncertainty_threshold: float = 0.2
     max_adaptations_per_epoch: int = 2
     safety_margin: float = 0.1
-    global_feature_dim: int = 16
-    candidate_feature_dim: int = 24
+    global_feature_dim: int = 36
+    candidate_feature_dim: int = 46
     feature_dropout: float = 0.1
     head_dropout: float = 0.2
     num_sampled_layers: int = 1

@@ -157,7 +157,6 @@ class TamiyoNetwork(nn.Module):
         verdict = self.decide(state, adaptations_this_epoch)
         return verdict.decision if verdict.outcome == "adapt" else None
 
-    @torch.no_grad()
     def decide(self, state: ModelGraphState, adaptations_this_epoch: int = 0) -> Verdict:
         """Judge a decision point; the same state gets the same verdict, in any mode.
 
@@ -170,6 +169,7 @@ class TamiyoNetwork(nn.Module):
         """
         return judge(self.config, state, self.read(state.graph_data), adaptations_this_epoch)
 
+    @torch.no_grad()
     def read(self, graph: CandidateGraph) -> Reading:
         """Rate the candidates of one graph without dropout, with the uncertainty of that.
 

@@ -21,6 +21,12 @@ from esper.atomic import replacing
 from esper.errors import CheckpointError, ConfigError
 from esper.kasmina.export.files import METADATA_KEY, digest
 from esper.tamiyo.graph.facts import FACTS_VERSION
+from esper.tamiyo.graph.features import (
+    CANDIDATE_FEATURES,
+    EDGE_FEATURES,
+    GLOBAL_FEATURES,
+    NODE_FEATURES,
+)
 from esper.tamiyo.network.config import PolicyConfig
 from esper.tamiyo.network.network import TamiyoNetwork
 
@@ -40,6 +46,12 @@ class FeatureNames:
     run: tuple[str, ...]
     candidate: tuple[str, ...]
 
+    @classmethod
+    def current(cls) -> FeatureNames:
+        """The features that this version builds graphs with."""
+        tables = (NODE_FEATURES, EDGE_FEATURES, GLOBAL_FEATURES, CANDIDATE_FEATURES)
+        return cls(*(tuple(spec.name for spec in table) for table in tables))
+
     @property
     def sizes(self) -> dict[str, int]:
         """The fields of :class:`PolicyConfig` that they decide."""
@@ -52,21 +64,25 @@ class FeatureNames:
 
 
 def save_network(
-    network: TamiyoNetwork, path: str | os.PathLike[str], *, features: FeatureNames, card: str
+    network: TamiyoNetwork,
+    path: str | os.PathLike[str],
+    *,
+    card: str,
+    features: FeatureNames | None = None,
 ) -> None:
     """Write a network with all that is needed to use it, and a model card beside it.
 
     Args:
         network: Trained; its weights must be finite.
         path: Ends in ``.safetensors``; its folder must exist. The card goes to :func:`card_path`.
-        features: What the network was trained on.
         card: Markdown: what it was trained on, how it was judged, where it fails.
+        features: What the network was trained on; those of this version if None.
 
     Raises:
         ConfigError: The path or the card will not do, features and network do not fit, or a weight is not
             finite.
     """
-    path = Path(path)
+    path, features = Path(path), features or FeatureNames.current()
     wrong = [
         f"{name} is {getattr(network.config, name)}, but {size} features are named"
         for name, size in features.sizes.items()
@@ -96,12 +112,12 @@ def save_network(
         temporary.write_text(card, encoding="utf-8")
 
 
-def load_network(path: str | os.PathLike[str], *, features: FeatureNames) -> TamiyoNetwork:
+def load_network(path: str | os.PathLike[str], *, features: FeatureNames | None = None) -> TamiyoNetwork:
     """Read a network that :func:`save_network` wrote; it is in eval mode.
 
     Args:
         path: The file. Nothing in it is executed or unpickled.
-        features: What graphs are built with now.
+        features: What graphs are built with; those of this version if None.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind, or made for other features.
@@ -109,7 +125,7 @@ def load_network(path: str | os.PathLike[str], *, features: FeatureNames) -> Tam
     path = Path(path)
     described, tensors = _read(path)
     config = _config(path, described["config"])
-    _check_features(path, described["features"], features)
+    _check_features(path, described["features"], features or FeatureNames.current())
     network = TamiyoNetwork(config)
     _check_tensors(path, tensors, network.state_dict(), described["sha256"])
     network.load_state_dict(tensors)

@@ -11,7 +11,7 @@ from esper.errors import ConfigError
 if TYPE_CHECKING:
     from esper.tamiyo.state import Policy
 
-__all__ = ["make_policy", "policy_names"]
+__all__ = ["make_policy", "policy_names", "policy_options"]
 
 _POLICIES = {
     "cond": "CondPolicy",
@@ -22,6 +22,7 @@ _POLICIES = {
     "random": "RandomPolicy",
     "schedule": "SchedulePolicy",
     "shortcut": "ShortcutPolicy",
+    "tamiyo": "TamiyoPolicy",
     "uniform": "UniformPolicy",
 }
 """Policy name, which is also its module's, -> class. A class names its options in ``config_type``."""
@@ -30,6 +31,16 @@ _POLICIES = {
 def policy_names() -> list[str]:
     """Names that :func:`make_policy` knows, sorted."""
     return sorted(_POLICIES)
+
+
+def policy_options(name: str) -> type[Any]:
+    """The dataclass of the options of the policy called ``name``.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
+    options: type[Any] = _policy(name).config_type
+    return options
 
 
 def make_policy(name: str, **options: Any) -> Policy:
@@ -42,9 +53,7 @@ def make_policy(name: str, **options: Any) -> Policy:
     Raises:
         ConfigError: The name or an option is unknown, or a value is out of range.
     """
-    if name not in _POLICIES:
-        raise ConfigError(f"no policy named {name!r}; policies are {', '.join(policy_names())}")
-    policy = getattr(importlib.import_module(f"esper.tamiyo.policies.{name}"), _POLICIES[name])
+    policy = _policy(name)
     known = [field.name for field in dataclasses.fields(policy.config_type)]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -52,3 +61,9 @@ def make_policy(name: str, **options: Any) -> Policy:
         raise ConfigError(f"policy {name!r} has no option {', '.join(map(repr, unknown))}; {has}")
     made: Policy = policy(policy.config_type(**options))
     return made
+
+
+def _policy(name: str) -> Any:
+    if name not in _POLICIES:
+        raise ConfigError(f"no policy named {name!r}; policies are {', '.join(policy_names())}")
+    return getattr(importlib.import_module(f"esper.tamiyo.policies.{name}"), _POLICIES[name])

@@ -1,0 +1,220 @@
+"""``tamiyo``: the learned policy; where it does not know the host, a rule decides and the decision says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from esper.messages import Decision
+from esper.tamiyo.graph.builder import ModelGraphBuilder
+from esper.tamiyo.graph.candidate_config import CandidateConfig
+from esper.tamiyo.graph.carry_out import decisions
+from esper.tamiyo.graph.facts import DecisionPoint
+from esper.tamiyo.graph.history import History
+from esper.tamiyo.graph.point import decision_point
+from esper.tamiyo.network.config import PolicyConfig
+from esper.tamiyo.network.decision import Verdict, counts
+from esper.tamiyo.network.network import TamiyoNetwork
+from esper.tamiyo.network.weights import load_network, shipped
+from esper.tamiyo.policies.base import EventPolicy, wait
+from esper.tamiyo.policies.events import check_options
+from esper.tamiyo.policies.registry import make_policy
+
+if TYPE_CHECKING:
+    from esper.tamiyo.state import GrowthState
+
+__all__ = ["Judgement", "TamiyoPolicy", "TamiyoPolicyConfig"]
+
+_SHIPPED = "shipped"
+_THRESHOLDS = (
+    "enable_uncertainty",
+    "uncertainty_samples",
+    "epistemic_weight",
+    "health_threshold",
+    "adaptation_confidence_threshold",
+    "uncertainty_threshold",
+    "max_adaptations_per_epoch",
+    "safety_margin",
+)
+
+
+@dataclass(frozen=True)
+class TamiyoPolicyConfig:
+    """Options; thresholds that are None are those that the network was shipped with.
+
+    Attributes:
+        weights: Safetensors file of a policy network; ``shipped`` for the one that came with the package.
+        price: λ: the held-out loss, in nats, that a unit of log(parameters / host parameters) has to save.
+        fallback: Policy that decides where the network abstains.
+        fallback_options: Of that policy.
+        candidates: Which candidates are offered
+            (:class:`~esper.tamiyo.graph.candidate_config.CandidateConfig`): ``{shortcut: false}`` offers no way
+            around the hidden layers.
+        enable_uncertainty: See :class:`~esper.tamiyo.network.config.PolicyConfig`, as for all that follow.
+        uncertainty_samples: Passes with dropout.
+        epistemic_weight: Spread taken off the odds.
+        health_threshold: Health below which a layer is ill.
+        adaptation_confidence_threshold: Confidence that a candidate needs.
+        uncertainty_threshold: Uncertainty above which the fallback decides.
+        max_adaptations_per_epoch: Candidates carried out in one epoch.
+        safety_margin: A candidate of more risk than one less this is refused.
+    """
+
+    weights: str = _SHIPPED
+    price: float = 0.03
+    fallback: str = "expressivity"
+    fallback_options: Mapping[str, Any] = field(default_factory=dict)
+    candidates: Mapping[str, Any] = field(default_factory=dict)
+    enable_uncertainty: bool | None = None
+    uncertainty_samples: int | None = None
+    epistemic_weight: float | None = None
+    health_threshold: float | None = None
+    adaptation_confidence_threshold: float | None = None
+    uncertainty_threshold: float | None = None
+    max_adaptations_per_epoch: int | None = None
+    safety_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        known = [option.name for option in dataclasses.fields(CandidateConfig)]
+        unknown = sorted(set(self.candidates) - set(known))
+        check_options(
+            self,
+            (bool(self.weights), "weights should be 'shipped' or the path of a file"),
+            (0.0 <= self.price < float("inf"), "price should be finite and not negative"),
+            (self.fallback != "tamiyo", "fallback should be another policy than tamiyo itself"),
+            (not unknown, f"candidates has no option {', '.join(unknown)}; it has {', '.join(known)}"),
+        )
+        PolicyConfig(**self.thresholds)
+
+    @property
+    def thresholds(self) -> dict[str, Any]:
+        """Those that are given."""
+        given = {name: getattr(self, name) for name in _THRESHOLDS}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A decision point and what the network made of it."""
+
+    point: DecisionPoint
+    verdict: Verdict
+
+
+class TamiyoPolicy:
+    """Asks the network at every decision point at which something can be done.
+
+    The network chooses one candidate of :func:`~esper.tamiyo.graph.candidates.candidates`, which is carried out,
+    or none. Where it abstains the fallback decides as if it were alone; an event of the fallback's that falls
+    due while the network grows counts as used, so that the two do not both grow for it.
+
+    Args:
+        config: Options.
+        network: Decides, instead of the one that ``config.weights`` names: one that is being trained or judged.
+
+    Attributes:
+        last: The last decision point and its verdict; None before the first at which the network was asked.
+            What learns from decisions keeps it.
+    """
+
+    name: str = "tamiyo"
+    config_type: ClassVar[type[TamiyoPolicyConfig]] = TamiyoPolicyConfig
+
+    def __init__(self, config: TamiyoPolicyConfig, network: TamiyoNetwork | None = None) -> None:
+        self.config = config
+        self.fallback = make_policy(config.fallback, **config.fallback_options)
+        self.network = network or load_network(shipped() if config.weights == _SHIPPED else config.weights)
+        self.network.config = dataclasses.replace(self.network.config, **config.thresholds)
+        self.last: Judgement | None = None
+        self._offers = CandidateConfig(**config.candidates)
+        self._builder = ModelGraphBuilder()
+        self._history = History()
+        self._epoch = 0
+        self._adaptations = 0
+
+    def decide(self, state: GrowthState) -> list[Decision]:
+        """Answer a decision point with what carries out one candidate, with the fallback's answer, or one WAIT."""
+        point = decision_point(state, self._history, price=self.config.price, config=self._offers)
+        if state.epoch != self._epoch:
+            self._epoch, self._adaptations = state.epoch, 0
+        if all(candidate.unavailable for candidate in point.candidates[1:]):
+            return [wait(self.name, _nothing(point))]
+        verdict = self.network.decide(self._builder.build(point), self._adaptations)
+        self.last = Judgement(point, verdict)
+        if verdict.outcome == "abstain":
+            return self._fall_back(state, verdict)
+        if verdict.outcome != "adapt":
+            return [self._waiting(verdict)]
+        said = verdict.decision
+        chosen = point.candidates[said.candidate]
+        self._adaptations += counts(chosen)
+        if chosen.action == "grow":
+            self._use_event(state)
+        return decisions(
+            chosen,
+            policy=self.name,
+            reason=said.reason,
+            confidence=said.confidence,
+            urgency=said.urgency,
+            risk=said.risk,
+            numbers=said.numbers,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "history": self._history.state_dict(),
+            "epoch": self._epoch,
+            "adaptations": self._adaptations,
+            "fallback": self.fallback.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on what :meth:`state_dict` returned."""
+        self._history.load_state_dict(state["history"])
+        self._epoch = int(state["epoch"])
+        self._adaptations = int(state["adaptations"])
+        self.fallback.load_state_dict(state["fallback"])
+
+    def _waiting(self, verdict: Verdict) -> Decision:
+        said = verdict.decision
+        decision = wait(self.name, said.reason, said.numbers)
+        return msgspec.structs.replace(
+            decision, confidence=said.confidence, urgency=min(1.0, said.urgency), risk=said.risk
+        )
+
+    def _fall_back(self, state: GrowthState, verdict: Verdict) -> list[Decision]:
+        """What the fallback decides, with the reason why it was asked."""
+        numbers = {**verdict.decision.numbers, "abstained": 1.0}
+        return [
+            msgspec.structs.replace(
+                answer,
+                policy=self.name,
+                reason=f"{verdict.reason}; {self.config.fallback} decides: {answer.reason}",
+                numbers={**numbers, **answer.numbers},
+            )
+            for answer in self.fallback.decide(state)
+        ]
+
+    def _use_event(self, state: GrowthState) -> None:
+        if isinstance(self.fallback, EventPolicy):
+            events = self.fallback.events
+            if events.remaining and events.due(state.step, state.total_steps):
+                events.use()
+
+
+def _nothing(point: DecisionPoint) -> str:
+    """Why only waiting is left."""
+    reasons = dict.fromkeys(candidate.unavailable for candidate in point.candidates[1:])
+    if not reasons:
+        return "this host offers nothing to grow, recycle or cull"
+    first = next(iter(reasons))
+    return (
+        first
+        if len(reasons) == 1
+        else f"nothing but waiting is available: {first}, among {len(reasons)} reasons"
+    )
