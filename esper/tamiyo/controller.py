@@ -244,6 +244,7 @@ class Controller:
             generator=self.generator,
             measure_saving=self._saving,
             seeds_left=max(0, self.config.budget.max_seeds_alive - len(alive)),
+            training_flops=ledger.training_flops,
         )
 
     def _saving(self, seed_ids: Sequence[str]) -> float | None:

@@ -68,6 +68,7 @@ class GrowthState:
         measure_saving: Share of the held-out loss that the named seeds save together: switched off minus on,
             over on, with the host as it has adapted to them (charged); None when nothing is held out.
         seeds_left: Seeds that may be on their way besides those that are now.
+        training_flops: Training FLOPs of the run so far, scoring and culled seeds charged.
     """
 
     step: int
@@ -92,6 +93,7 @@ class GrowthState:
     generator: torch.Generator
     measure_saving: Callable[[Sequence[str]], float | None] = lambda seed_ids: None
     seeds_left: int = sys.maxsize
+    training_flops: float = 0.0
 
     @property
     def fraction(self) -> float:
