@@ -73,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--keys", default="", metavar="FOLDER", help="CURVE keys, for an address that wants them"
     )
+    serve = commands.add_parser("serve", help="decide for many training runs at once, over tcp:// or ipc://")
+    serve.add_argument(
+        "--config",
+        default="default",
+        metavar="NAME",
+        help="a file of conf/service, or a .yaml file of your own",
+    )
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the service"
+    )
     _add_keys(commands.add_parser("keys", help="make and show the keys that anything beyond loopback needs"))
     export = commands.add_parser("export", help="turn a checkpoint's grown network into plain PyTorch")
     export.add_argument("checkpoint", type=Path, metavar="CKPT", help="a Lightning checkpoint")
@@ -173,6 +183,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from esper.watch import watch
 
         return watch(options.target, keys=options.keys, once=options.once)
+    elif options.command == "serve":
+        from esper.tamiyo.service.command import serve
+
+        return serve(options.config, options.set)
     elif options.command == "keys":
         from esper.oona.keys_command import keys_command
 

@@ -54,7 +54,7 @@ class ServiceConfig:
     keys: str = ""
     http_address: str = "127.0.0.1:7351"
     store: str = "experience.db"
-    decider: str = "cond"
+    decider: str = "expressivity"
     cycle_ms: float = 100.0
     cooldown_s: float = 30.0
     max_adaptations: int = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Choice:
         value: Expected utility of the run from here, in nats; 0 where none is known.
         urgency: Expected cost of waiting one decision interval, in nats.
         risk: Probability that it has to be undone.
+        logprob: Natural logarithm of the probability with which it was drawn; 0 when nothing was drawn.
         abstained: The decider does not know such states, and fell back.
     """
 
@@ -35,13 +37,27 @@ class Choice:
     value: float = 0.0
     urgency: float = 0.0
     risk: float = 0.0
+    logprob: float = 0.0
     abstained: bool = False
+
+    def problem(self, point: DecisionPoint) -> str:
+        """Why this is no choice for ``point``; empty when it is one."""
+        if not 0 <= self.candidate < len(point.candidates):
+            return f"candidate {self.candidate} of {len(point.candidates)} was chosen"
+        if why := point.candidates[self.candidate].unavailable:
+            return f"candidate {self.candidate} was chosen, which is not available: {why}"
+        numbers = (self.value, self.urgency, self.logprob)
+        shares = (self.confidence, self.uncertainty, self.risk)
+        if not all(map(math.isfinite, numbers)) or self.urgency < 0 or not all(0 <= x <= 1 for x in shares):
+            return f"a choice came with numbers that are none: {self}"
+        return ""
 
 
 class Decider(Protocol):
     """Chooses; the same points get the same choices, in whatever company they come."""
 
     name: str
+    version: str
 
     def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
         """One choice for each point."""
@@ -70,6 +86,7 @@ class RuleDecider:
             )
         self._rule = found[0]
         self.name = str(self._rule)
+        self.version = ""
 
     def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
         """One choice for each point."""

@@ -49,8 +49,8 @@ class Book(Protocol):
     def answer(self, request_id: str) -> Answer | None:
         """The answer that a request got, if it got one."""
 
-    def write(self, decided: Sequence[tuple[DecisionPoint, Answer]]) -> None:
-        """Write decisions down, all or none; they are on disk when this returns."""
+    def write(self, decided: Sequence[tuple[DecisionPoint, Answer]], now: float) -> None:
+        """Write decisions down; they are on disk when this returns. Those that were there stay as they are."""
 
     def report(self, report: Report) -> bool:
         """Write down what became of a decision; False when there is no such decision."""
@@ -155,10 +155,11 @@ class Desk:
     def _enqueue(self, run: RunEntry | None, ask: Ask, now: float) -> Reply | None:
         known = self.book.answer(ask.request_id)
         if known is not None:
-            if known.run_id != ask.run_id:
-                text = f"request {ask.request_id!r} is one of run {known.run_id!r}"
+            if known.run_id != ask.run_id or known.candidate >= len(ask.point.candidates):
+                text = f"request {ask.request_id!r} was answered before, to run {known.run_id!r} on another point"
                 return self._refuse("invalid", text, ask.run_id, ask.request_id)
             self.stats.repeats += 1
+            self.book.write([(ask.point, known)], self._wall())  # a crash may have come before its experience
             return known
         if run is not None and any(w.ask.request_id == ask.request_id for w in run.waiting):
             self.stats.repeats += 1
@@ -246,7 +247,8 @@ class Desk:
     def _choose(self, points: Sequence[DecisionPoint]) -> list[Choice | str]:
         """A choice for each point, or why there is none: one point that breaks the decider spoils no other's."""
         try:
-            return list(self.decider.choose(points))
+            choices = self.decider.choose(points)
+            return [choice.problem(point) or choice for choice, point in zip(choices, points, strict=True)]
         except Exception as error:  # points come from outside, and a decider is a network over them
             if len(points) > 1:
                 return [self._choose([point])[0] for point in points]
@@ -277,7 +279,9 @@ class Desk:
             risk=choice.risk,
             reason=f"{choice.reason}; {why}" if gate else choice.reason,
             decider=self.decider.name,
+            version=self.decider.version,
             preferred=choice.candidate,
+            logprob=choice.logprob,
             gate=gate,
             abstained=choice.abstained,
         )
@@ -286,7 +290,7 @@ class Desk:
         if not answered:
             return []
         try:
-            self.book.write([(waiting.ask.point, answer) for _, waiting, answer in answered])
+            self.book.write([(waiting.ask.point, answer) for _, waiting, answer in answered], self._wall())
         except _STORE_ERRORS as error:
             for run, _, answer in answered:
                 run.cadence.undo(answer.request_id)

@@ -86,15 +86,14 @@ class Report(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """What became of an answer.
 
     ``applied`` may be False because the run refused it (``refused`` says why) or because it came too late.
+    ``seed_ids`` are the seeds that it planted.
     """
 
     run_id: Name
     request_id: Name
     applied: bool
     refused: Text = ""
-    step: Count = 0
-    num_parameters: Count = 0
-    loss: float | None = None
+    seed_ids: tuple[str, ...] = ()
 
 
 class Beat(msgspec.Struct, tag="beat", frozen=True, kw_only=True):
@@ -145,6 +144,8 @@ class Answer(msgspec.Struct, tag="answer", frozen=True, kw_only=True):
         risk: Chance of a cull or rollback, in [0, 1].
         reason: Why, in words.
         decider: Who decided.
+        version: Of its weights; empty where there is one only.
+        logprob: Natural logarithm of the probability with which it chose; 0 when it draws nothing.
         preferred: What the decider had chosen before the gates.
         gate: Which gate turned it into WAIT; empty when none did.
         abstained: The decider did not trust itself and fell back.
@@ -162,6 +163,8 @@ class Answer(msgspec.Struct, tag="answer", frozen=True, kw_only=True):
     reason: Text
     decider: Text
     preferred: Count
+    version: Text = ""
+    logprob: float = 0.0
     gate: Text = ""
     abstained: bool = False
 

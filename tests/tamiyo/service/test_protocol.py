@@ -35,7 +35,7 @@ ASK = Ask(run_id="run", request_id="run:10", sequence=1, point=make_point())
 REQUESTS = [
     Hello(run_id="run", topology=topology_hash(make_topology())),
     ASK,
-    Report(run_id="run", request_id="run:10", applied=False, refused="no room", loss=1.5),
+    Report(run_id="run", request_id="run:10", applied=False, refused="no room"),
     Beat(run_id="run", number=3),
     Leave(run_id="run"),
 ]

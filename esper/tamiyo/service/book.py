@@ -1,0 +1,172 @@
+"""Where the service writes decisions before anybody hears of them: answers for repeats, experiences for learning."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from esper.errors import DataFormatError
+from esper.tamiyo.experience.records import DecisionFacts
+from esper.tamiyo.experience.store import ExperienceStore
+from esper.tamiyo.graph.facts import DecisionPoint
+from esper.tamiyo.service.gates import adds
+from esper.tamiyo.service.protocol import PROTOCOL_VERSION, Answer, Report
+
+__all__ = ["ExperienceBook"]
+
+_KIND = 0x45737041  # "EspA", the application id in the file's header
+_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (
+    request_id TEXT PRIMARY KEY,
+    run_id     TEXT NOT NULL,
+    decided_at REAL NOT NULL,
+    adds       INTEGER NOT NULL,
+    undone     INTEGER NOT NULL DEFAULT 0,
+    answer     BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS answers_of_run ON answers (run_id, decided_at);
+"""
+
+
+class ExperienceBook:
+    """Answers by request id in one file, experiences in the store beside it.
+
+    An answer is written first, its experience second, and both are on disk before the run hears of it. What a crash
+    leaves between the two is an answer that nobody has heard: the run asks again, gets this very answer, and its
+    experience is completed.
+
+    Args:
+        path: Of the experience store; the answers lie beside it, in ``NAME.answers``.
+
+    Raises:
+        DataFormatError: A file is damaged or is something else.
+        StoreError: The store cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.store = ExperienceStore(path)
+        self.path = Path(f"{path}.answers")
+        self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise DataFormatError(
+                f"expected the answers of a service in {self.path}, but: {error}; move the file away: experiences are "
+                "not in it"
+            ) from error
+        except DataFormatError:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        kind = self._db.execute("PRAGMA application_id").fetchone()[0]
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if (kind, version) not in ((0, 0), (_KIND, PROTOCOL_VERSION)):
+            raise DataFormatError(
+                f"expected the answers of a service of protocol version {PROTOCOL_VERSION} in {self.path}, got kind "
+                f"{kind:#x} of version {version}; move the file away: experiences are not in it"
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(_TABLES)
+        self._db.execute(f"PRAGMA application_id = {_KIND}")
+        self._db.execute(f"PRAGMA user_version = {PROTOCOL_VERSION}")
+
+    def answer(self, request_id: str) -> Answer | None:
+        """The answer that a request got, if it got one.
+
+        Raises:
+            DataFormatError: It is damaged.
+        """
+        row = self._db.execute("SELECT answer FROM answers WHERE request_id = ?", (request_id,)).fetchone()
+        if row is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(row[0], type=Answer)
+        except msgspec.MsgspecError as error:
+            raise DataFormatError(f"{self.path}: the answer to {request_id!r} is damaged: {error}") from error
+
+    def write(self, decided: Sequence[tuple[DecisionPoint, Answer]], now: float) -> None:
+        """Write decisions down; they are on disk when this returns, and those that were there stay as they are.
+
+        Args:
+            decided: Points, whose run is that of the answer, with their answers.
+            now: Unix seconds.
+
+        Raises:
+            StoreError: They could not be written.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO answers (request_id, run_id, decided_at, adds, answer) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (
+                        a.request_id,
+                        a.run_id,
+                        now,
+                        adds(point.candidates[a.candidate]),
+                        msgspec.msgpack.encode(a),
+                    )
+                    for point, a in decided
+                ],
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        for point, answer in decided:
+            self.store.add_decision(_facts(point, answer))
+
+    def report(self, report: Report) -> bool:
+        """Write down what became of a decision; False when there is no such decision of this run."""
+        found = self._db.execute(
+            "UPDATE answers SET undone = ? WHERE request_id = ? AND run_id = ?",
+            (not report.applied, report.request_id, report.run_id),
+        )
+        if not found.rowcount:
+            return False
+        self.store.note_applied(report.request_id, seed_ids=report.seed_ids, refused=report.refused)
+        return True
+
+    def adapted_at(self, run_id: str, since: float) -> dict[str, float]:
+        """Request id -> Unix seconds of what a run was told to add or renew, and has not reported as undone."""
+        rows = self._db.execute(
+            "SELECT request_id, decided_at FROM answers WHERE run_id = ? AND decided_at >= ? AND adds AND NOT undone "
+            "ORDER BY decided_at",
+            (run_id, since),
+        )
+        return dict(rows.fetchall())
+
+    def close(self) -> None:
+        """Close both files. Idempotent."""
+        self._db.close()
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _facts(point: DecisionPoint, answer: Answer) -> DecisionFacts:
+    return DecisionFacts(
+        decision_id=answer.request_id,
+        point=point,
+        chosen=answer.candidate,
+        policy=answer.decider,
+        version=answer.version,
+        logprob=answer.logprob,
+        confidence=answer.confidence,
+        uncertainty=answer.uncertainty,
+    )
