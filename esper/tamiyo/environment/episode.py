@@ -172,10 +172,21 @@ class Episode:
                 f"candidate {candidate_index} ({candidate.action}) may not be chosen at step {self.step} of "
                 f"{self.run_id}: {candidate.unavailable}"
             )
-        self._questions.answered()
-        if candidate.action != "wait":
-            for decision in decisions(candidate, policy=Questions.name, reason="chosen from outside"):
+        chosen = decisions(candidate, policy=Questions.name, reason="chosen from outside")
+        self._questions.answered(chosen, self.step)
+        for decision in chosen:
+            if decision.action != "wait":
                 self._controller.request(decision)
+
+    def measure(self) -> tuple[float, float]:
+        """Loss and accuracy on all held-out samples of the present phase; charged to nobody, and nothing changes."""
+        data = self._stream.phase(max(0, self.step - 1))
+        return evaluate(self._model, data, data.held_out)
+
+    @property
+    def training_flops(self) -> float:
+        """Spent so far, statistics, scores and culled seeds included."""
+        return self._controller.ledger.training_flops
 
     def branch(self, *, repeat: int | None = None) -> Episode:
         """Copy the run as it is now; what is done to one does not reach the other.
@@ -201,7 +212,7 @@ class Episode:
             test_accuracy=test[1],
             host_parameters=self._num_host,
             num_parameters=self._body.num_parameters,
-            training_flops=ledger.training_flops,
+            training_flops=self.training_flops,
             germinated=ledger.germinated,
             culled=ledger.culled,
             recycled=ledger.recycled,
@@ -246,7 +257,7 @@ class Episode:
         body.sites, body.refused = list(like.sites), dict(like.refused)
         copy._begin(body, None)
         copy._load(state)
-        copy._questions.history.curves = self._questions.history.curves  # prices of the same topology
+        copy._questions.history.plan = self._questions.history.plan  # places and prices of the same topology
         return copy
 
     def _state(self) -> dict[str, Any]:
@@ -284,7 +295,7 @@ class Episode:
         for group in optimizer.param_groups:
             group["lr"] = rate
         step = self.step + 1
-        probes = self._probes if step % self._interval == 1 % self._interval else None
+        probes = self._probes if self._sampled(step) else None
         if probes is not None:
             probes.begin()
         optimizer.zero_grad()
@@ -303,10 +314,19 @@ class Episode:
         epoch = step * self.spec.batch_size // self._run.num_train
         if probes is not None:
             ready = controller.gatekeeper.ready
-            signals = probes.end(step=step, epoch=epoch, ready=ready, scores=controller.scores)
+            measured = probes.end(step=step, epoch=epoch, ready=ready, scores=controller.scores)
+            # Times would make two runs of one seed differ, and those of nets this small say nothing.
+            signals = [msgspec.structs.replace(s, execution_latency=0.0, timestamp=0.0) for s in measured]
             controller.note_health(signals)
             self._questions.history.extend(signals)
         controller.safe_point(step, epoch)
+
+    def _sampled(self, step: int) -> bool:
+        """Whether step ``step`` is watched: where the controller looks, while anybody will ask."""
+        asked = self._controller.policy is self._questions
+        if asked and self._questions.done:
+            return False
+        return step % self._interval == 1 % self._interval
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, DecisionRecord) and event.refused:

@@ -116,7 +116,7 @@ def _check(family: str, split: Split, number: int) -> None:
 
 def _digits_mlp(random: Random, shape: Shape) -> Draft:
     task = DigitsTask(num_train=integer(random, 400, 1078))
-    return Draft(mlp_shape(random, shape), task, choose(random, (32, 64)), integer(random, 300, 800))
+    return Draft(mlp_shape(random, shape), task, choose(random, (32, 64)), integer(random, 200, 600))
 
 
 def _teacher_mlp(random: Random, shape: Shape) -> Draft:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -43,7 +43,7 @@ class Questions:
 
     def decide(self, state: GrowthState) -> list[Decision]:
         """Open a question when one is due; WAIT in any case, as the answer is asked for afterwards."""
-        if self._asked >= len(self._moments) or state.step < self._moments[self._asked]:
+        if self.done or state.step < self._moments[self._asked]:
             self.history.note(state)
             return [wait(self.name, "nobody is to be asked here")]
         while self._asked < len(self._moments) and state.step >= self._moments[self._asked]:
@@ -57,9 +57,15 @@ class Questions:
         )
         return [wait(self.name, "whoever trains this run is asked")]
 
-    def answered(self) -> None:
-        """Close the open question."""
+    @property
+    def done(self) -> bool:
+        """Whether nobody is going to be asked any more."""
+        return self._asked >= len(self._moments)
+
+    def answered(self, chosen: Sequence[Decision], step: int) -> None:
+        """Close the open question, and remember what was decided."""
         self.open = None
+        self.history.note_decisions(chosen, step)
 
     def close(self) -> None:
         """Ask nothing any more."""
