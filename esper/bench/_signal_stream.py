@@ -125,7 +125,13 @@ def signal_stream() -> Iterator[SignalStream]:
     try:
         if not control.poll(_START_S):
             raise EsperError(f"expected the sending process to start within {_START_S:g} s, but it did not")
-        yield SignalStream(control, shared, control.recv())
+        try:
+            address = control.recv()
+        except EOFError:
+            raise EsperError(
+                "expected the sending process to start, but it ended; its error stands above"
+            ) from None
+        yield SignalStream(control, shared, address)
         shared.stop.value = 1
         control.send(None)
         process.join(10)
