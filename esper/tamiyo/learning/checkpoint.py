@@ -28,7 +28,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         state: Dicts with text keys, lists, numbers, texts, None, and tensors.
 
     Raises:
-        CheckpointError: A key holds the separator ``/``, or a value is of another type.
+        CheckpointError: A key is no text or begins with ``$``, or a value is of another type.
     """
     tensors: dict[str, Tensor] = {}
     facts = _flatten(state, "", tensors)
@@ -65,13 +65,14 @@ def load(path: Path) -> dict[str, Any]:
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON types in place of ``value``, its tensors moved to ``tensors`` under their paths."""
     if isinstance(value, Tensor):
+        assert path not in tensors, f"two tensors would both be named {path}"
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"$tensor": path}
     if isinstance(value, Mapping):
-        wrong = [key for key in value if not isinstance(key, str) or "/" in key or key.startswith("$")]
+        wrong = [key for key in value if not isinstance(key, str) or key.startswith("$")]
         if wrong:
             raise CheckpointError(
-                f"expected text keys without '/' or '$' under {path or 'the top'}, got {wrong[0]!r}"
+                f"expected text keys that do not begin with '$' under {path or 'the top'}, got {wrong[0]!r}"
             )
         return {key: _flatten(v, f"{path}/{key}" if path else key, tensors) for key, v in value.items()}
     if isinstance(value, list | tuple):

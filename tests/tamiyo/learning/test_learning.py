@@ -26,7 +26,13 @@ from esper.tamiyo.learning.trainer import PolicyTrainer
 from esper.tamiyo.learning.trajectory import Trajectory
 
 Rollout = Callable[[nn.Module, int, np.random.Generator, torch.Generator], list[Trajectory]]
-FAST = {"learning_rate": 1e-2, "target_update_freq": 1, "proximal_decay": 0.889}
+FAST = {
+    "learning_rate": 2e-2,
+    "target_update_freq": 1,
+    "proximal_decay": 0.889,
+    "batch_size": 128,
+    "uncertainty_regularization": 0.0,
+}
 
 
 def learn(rollout: Rollout, policy: nn.Module, num_updates: int, **settings: float) -> PolicyTrainer:
@@ -43,7 +49,7 @@ def greedy(policy: nn.Module, states: Sequence) -> list[int]:
 
 def test_the_layer_with_the_largest_number_is_found_on_unseen_graphs():
     policy = network()
-    learn(bandit_rollout, policy, 25)
+    learn(bandit_rollout, policy, 15)
     states = bandit(200, np.random.default_rng(99))
     earned = np.mean([bandit_reward(s, a) for s, a in zip(states, greedy(policy, states), strict=True)])
     by_chance = np.mean([np.mean([bandit_reward(s, a) for a in range(len(s.x) + 1)]) for s in states])
@@ -56,7 +62,7 @@ def test_when_to_act_is_learned_and_waiting_gets_its_later_worth():
     policy = network()
     rng, generator = np.random.default_rng(5), torch.Generator().manual_seed(5)
     before = np.mean([t.total_reward for t in timing_rollout(policy, 256, rng, generator)])
-    learn(timing_rollout, policy, 30)
+    learn(timing_rollout, policy, 20)
     after = np.mean([t.total_reward for t in timing_rollout(policy, 256, rng, generator)])
     assert before < 0.4
     assert after > 0.9  # the optimum is 1
@@ -68,7 +74,7 @@ def test_a_policy_that_likes_to_wait_does_not_collapse_to_it():
     policy = network(wait_bias=2.0)
     first, second = graph([0.5, 0.5], context=EARLY), graph([0.5, 0.5], context=LATE)
     assert probabilities(policy, first)[0] > 0.7
-    trainer = learn(delayed_rollout, policy, 25)
+    trainer = learn(delayed_rollout, policy, 20)
     assert probabilities(policy, first)[0] < 0.1
     assert probabilities(policy, second)[0] > 0.9
     # two placements are equally good: the entropy bonus keeps both
@@ -111,7 +117,7 @@ def test_replay_alone_learns_from_experiences_that_come_one_by_one():
     policy = network()
     trainer = PolicyTrainer(policy, TrainingConfig(**FAST))  # type: ignore[arg-type]
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(15):
         for trajectory in bandit_rollout(policy, 64, rng, generator):
             (step,) = trajectory.steps
             trainer.replay_buffer.add_experience(
@@ -123,9 +129,9 @@ def test_replay_alone_learns_from_experiences_that_come_one_by_one():
                 terminated=True,
                 born=trainer.num_steps,
             )
-        metrics = trainer.train_on_replay(8)
+        metrics = trainer.train_on_replay(5)
     assert metrics["reward/mean"] > 0.4  # the optimum is 0.56
-    assert trainer.num_steps == 160
+    assert trainer.num_steps == 75
 
 
 class _Chosen:
