@@ -1,8 +1,9 @@
 """Layers of the policy network: dropout of whole channels, attention with edge features, the graph layer.
 
 Shape legend: ``N`` nodes, ``E`` edges, ``R`` rows (of nodes, candidates or graphs), ``B`` graphs, ``H`` channels,
-``S`` samples. Every layer maps rows along dimension 0 and channels along the last one, and takes samples
-between them: [R, H] or [R, S, H].
+``S`` samples. Every layer maps rows along dimension 0 and channels along the last one. Where uncertainty is
+sampled, samples lie between them from the first dropout on: [R, H] before, [R, S, H] behind, so that what
+comes before it is passed through once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from esper.tamiyo.geometric import GCNConv, gcn_norm, scatter, softmax
 
-__all__ = ["AttentionConv", "ChannelDropout", "Flow", "GraphLayer", "Noise", "Rows", "mlp", "pool"]
+__all__ = ["AttentionConv", "ChannelDropout", "Flow", "GraphLayer", "Noise", "Rows", "like", "mlp", "pool"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class Noise:
     Attributes:
         generator: Samples the uncertainty: S masks of channels. None in training: torch's global random
             numbers, a mask for each graph, and attention weights dropped too.
+        num_samples: S, with a generator.
     """
 
     generator: torch.Generator | None = None
+    num_samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,13 @@ class ChannelDropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor, rows: Rows, noise: Noise | None) -> Tensor:
-        """Drop channels of ``x`` [R, H], or [R, S, H] where uncertainty is sampled; nothing without noise."""
+        """Drop channels of ``x`` [R, H]; to [R, S, H] where uncertainty is sampled; nothing without noise."""
         if self.p == 0 or noise is None:
             return x
         if noise.generator is not None:
-            keep = torch.rand(x.shape[1:], generator=noise.generator, device=x.device) >= self.p
+            shape = (noise.num_samples, x.shape[-1])
+            keep = torch.rand(shape, generator=noise.generator, device=x.device) >= self.p
+            x = x.unsqueeze(1) if x.dim() == 2 else x
         else:
             keep = (torch.rand(rows.num_graphs, x.shape[-1], device=x.device) >= self.p)[rows.graph]
         return x * (keep.to(x.dtype) / (1 - self.p))
@@ -182,13 +187,19 @@ class GraphLayer(nn.Module):
         self.dropout = ChannelDropout(feature_dropout)
 
     def forward(self, h: Tensor, flow: Flow, rows: Rows, noise: Noise | None) -> Tensor:
-        """Map nodes [N, H], or [N, S, H], to the same shape."""
+        """Map nodes [N, H], or [N, S, H]; to [N, S, H] where uncertainty is sampled."""
         x = self.norm(h)
         attended = self.attention(x, flow.edge_index, flow.edge_attr, noise)
         convolved = self.convolution(x, flow.gcn_index, flow.gcn_weight)
         gate = self.gate(torch.cat([attended, convolved], -1)).sigmoid()
         mixed = torch.lerp(convolved, attended, gate).relu()
-        return h + cast(Tensor, self.dropout(mixed, rows, noise))
+        added = cast(Tensor, self.dropout(mixed, rows, noise))
+        return like(h, added) + added
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Make room for the samples that ``other`` has: [R, H] to [R, 1, H]."""
+    return x.unsqueeze(1) if x.dim() < other.dim() else x
 
 
 def mlp(num_in: int, hidden: int, num_out: int) -> nn.Sequential:

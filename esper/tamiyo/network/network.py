@@ -19,7 +19,7 @@ from esper.tamiyo.network.config import PolicyConfig
 from esper.tamiyo.network.decision import AdaptationDecision, Verdict
 from esper.tamiyo.network.distribution import CandidateDistribution
 from esper.tamiyo.network.judging import Reading, judge
-from esper.tamiyo.network.layers import ChannelDropout, Flow, GraphLayer, Noise, Rows, mlp, pool
+from esper.tamiyo.network.layers import ChannelDropout, Flow, GraphLayer, Noise, Rows, like, mlp, pool
 from esper.tamiyo.network.uncertainty import measure_uncertainty
 
 __all__ = ["NodeEncoder", "PolicyOutput", "TamiyoNetwork"]
@@ -62,7 +62,8 @@ class NodeEncoder(nn.Module):
     def forward(self, x: Tensor, rows: Rows, noise: Noise | None) -> Tensor:
         """Map [N, features] to [N, H], or [N, S, features] to [N, S, H]."""
         h = self.project(x)
-        return cast(Tensor, self.norm(h + self.dropout(self.block(h).relu(), rows, noise)))
+        added = self.dropout(self.block(h).relu(), rows, noise)
+        return cast(Tensor, self.norm(like(h, added) + added))
 
 
 class TamiyoNetwork(nn.Module):
@@ -119,8 +120,8 @@ class TamiyoNetwork(nn.Module):
         """Rate candidates without dropout, and ``uncertainty_samples`` times with, in any mode.
 
         Masks come from a generator of their own: the same graph gets the same samples, alone or in a batch,
-        and torch's global random numbers are not touched. What lies before the last ``num_sampled_layers``
-        graph layers is passed through once; if all are sampled, so is the encoder.
+        and torch's global random numbers are not touched. What lies before the first dropout that is sampled,
+        which stands at the end of its layer, is passed through once.
 
         Args:
             graph: As for :meth:`forward`.
@@ -138,9 +139,11 @@ class TamiyoNetwork(nn.Module):
         start = 0 if sampled == len(self.layers) else end - sampled
         shared = self._through(graph.x, flow, rows, None, 0, start)
         output = self._heads(graph, self._through(shared, flow, rows, None, start, end), rows, None)
-        noise = Noise(torch.Generator(graph.x.device).manual_seed(seed))
-        noisy = self._through(self._repeat(shared), flow, rows, noise, start, end)
-        return output, self._heads(graph, noisy, rows, noise).logits.T
+        num_samples = self.config.uncertainty_samples
+        noise = Noise(torch.Generator(graph.x.device).manual_seed(seed), num_samples)
+        logits = self._heads(graph, self._through(shared, flow, rows, noise, start, end), rows, noise).logits
+        # without any dropout there is one pass, which all samples would repeat
+        return output, logits.T if logits.dim() == 2 else logits.expand(num_samples, -1)
 
     def make_decision(
         self, state: ModelGraphState, adaptations_this_epoch: int = 0
@@ -217,16 +220,16 @@ class TamiyoNetwork(nn.Module):
         """Outputs from embeddings of nodes [N, H], or [N, S, H] (then with S between rows and channels)."""
         h = self.node_norm(h)
         num_graphs, num_candidates = rows.num_graphs, len(graph.candidate_attr)
-        run, own = graph.global_features, self.candidate(graph.candidate_attr)
-        if h.dim() == 3:
-            run, own = self._repeat(run), own.unsqueeze(1)
         graphs = Rows(torch.arange(num_graphs, device=h.device), num_graphs)
         candidates = Rows(graph.candidate_batch, num_graphs)
-        context = self.context(torch.cat([pool(h, rows), run], -1)).relu()
+        pooled = pool(h, rows)
+        run = like(graph.global_features, pooled).expand(*pooled.shape[:-1], -1)
+        context = self.context(torch.cat([pooled, run], -1)).relu()
         context = self.head_dropout(context, graphs, noise)
         source, target = graph.placement_index
         placed = self.placement(torch.cat([h[source], h[target]], -1))
         placed = scatter(placed, graph.placement_candidate, 0, num_candidates, "mean")
+        own = like(self.candidate(graph.candidate_attr), placed)
         z = self.head_dropout(self.candidate_norm(placed + own).relu(), candidates, noise)
         about = torch.cat([z, context[graph.candidate_batch]], -1)
         available = graph.candidate_mask
@@ -249,10 +252,6 @@ class TamiyoNetwork(nn.Module):
             of_node = torch.zeros(num_nodes, dtype=torch.long, device=graph.x.device)
         flow = Flow.both_ways(graph.edge_index, graph.edge_attr, num_nodes)
         return flow, Rows(of_node, len(graph.global_features))
-
-    def _repeat(self, rows: Tensor) -> Tensor:
-        """[R, H] -> [R, S, H] without copying."""
-        return rows.unsqueeze(1).expand(-1, self.config.uncertainty_samples, -1)
 
     def _check(self, graph: CandidateGraph) -> None:
         config = self.config
