@@ -28,7 +28,7 @@ from esper.tamiyo.ranks import Ranks
 
 __all__ = ["BatchLoss", "LightningRun", "batch_size"]
 
-_RECORDS = ("journal", "bus")
+_RECORDS = ("journal", "experience", "rewards", "bus")
 _TORCH_OWN = frozenset(torch.nn.Module().__dict__)
 
 

@@ -1,4 +1,4 @@
-"""Everything that a run writes down or sends: journal, bus, listeners."""
+"""Everything that a run writes down or sends: journal, experiences, bus, listeners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from esper.messages import Command, Event, RunRecord
 from esper.oona import CommandInbox, Publisher
 from esper.report.journal import Journal
 from esper.tamiyo.config import TamiyoConfig
+from esper.tamiyo.experience.recording import ExperienceRecorder, RecordingPolicy
 from esper.tamiyo.recorder import Recorder
+from esper.tamiyo.state import Policy
 
 __all__ = ["Records"]
 
@@ -26,13 +28,13 @@ _INBOX_INTERVAL_S = 0.05
 
 
 class Records:
-    """The open journal and the open bus of one ``fit``, and the recorder that feeds them.
+    """The open journal, store of experiences and bus of one ``fit``, and the recorder that feeds them.
 
     Args:
-        config: Where the journal goes, and the bus.
+        config: Where journal and experiences go, and the bus.
         run_id: Of the run.
         trainer: Gives the folder.
-        listeners: Called with every event, on every rank; journal and bus are rank 0's.
+        listeners: Called with every event, on every rank; journal, experiences and bus are rank 0's.
         resumed_at: Optimizer steps of the checkpoint that is continued; what the journal says of later
             ones is dropped, because it will be said again. None for a new run.
     """
@@ -58,6 +60,11 @@ class Records:
         self._inbox: CommandInbox | None = None
         self._inbox_read_at = float("-inf")
         self._undone: int | None = None
+        self._experiences: ExperienceRecorder | None = None
+        if trainer.is_global_zero and growing and config.experience is not None:
+            # first, because a file that is no store is refused
+            self._experiences = ExperienceRecorder(config.experience, run_id, rewards=config.rewards)
+            listeners = [*listeners, self._experiences.hear]
         if trainer.is_global_zero and (config.journal or (growing and not trainer.fast_dev_run)):  # type: ignore[attr-defined]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path)
@@ -67,6 +74,10 @@ class Records:
             self._publisher = Publisher(run_id, config.bus, run_dir=path.parent).open()
             self._inbox = CommandInbox(run_id, config.bus, run_dir=path.parent).open()
         self.recorder = Recorder(run_id, self._journal, self._publisher, listeners)
+
+    def recorded(self, policy: Policy) -> Policy:
+        """``policy``, with its decisions recorded where experiences are kept."""
+        return policy if self._experiences is None else RecordingPolicy(policy, self._experiences)
 
     def commands(self) -> list[Command]:
         """What has come in; a person does not notice a twentieth of a second, a short step would notice the look."""
@@ -88,6 +99,8 @@ class Records:
             "torch": str(torch.__version__),
             "num_parameters": sum(p.numel() for p in trainer.lightning_module.parameters() if not is_lazy(p)),
         }
+        if self._config.experience is not None:
+            facts["experience"] = str(Path(self._config.experience).absolute())
         if event == "resume" and self._undone is not None:
             facts["events_undone"] = self._undone
         self.recorder.run(RunRecord(self._run_id, event, trainer.global_step, {**facts, **info}, time.time()))
@@ -105,7 +118,7 @@ class Records:
             )
 
     def close(self) -> None:
-        """Close journal and bus."""
-        for resource in (self._inbox, self._publisher, self._journal):
+        """Close journal, experiences and bus."""
+        for resource in (self._inbox, self._publisher, self._journal, self._experiences):
             if resource is not None:
                 resource.close()

@@ -373,6 +373,8 @@ class TamiyoCallback(ByHand, L.Callback):
         self._body = Body(module, topology, seed=self.config.seed)
         self._body.on_change = self._wake
         policy = make_policy(self.config.policy, **self.config.policy_options)
+        if self._records is not None:
+            policy = self._records.recorded(policy)
         self._controller = Controller(self.config, self._body, self._run, policy, recorder)
         if self._run.ranks.rank == 0:  # signals of other ranks would be dropped: their batches are like these
             self._probes = ProbeRunner(self._body)

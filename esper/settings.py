@@ -234,10 +234,13 @@ def _parse_growth(config: Mapping[str, Any]) -> TamiyoConfig:
 
     policy, kasmina, bus = dict(config["policy"]), dict(config["kasmina"]), dict(config["bus"])
     name, options = policy.pop("name", None), policy.pop("options", None) or {}
-    sections = {key: kasmina.pop(key, {}) for key in ("lifecycle", "budget", "probes")}
+    sections = {key: kasmina.pop(key, {}) for key in ("lifecycle", "budget", "probes", "rewards")}
     _known("policy", policy, ("window", "finish"), also=("name", "options"))
     _known(
-        "kasmina", kasmina, ("birth_lr_multiplier", "seed_lr_multiplier", "widen_start"), also=tuple(sections)
+        "kasmina",
+        kasmina,
+        ("birth_lr_multiplier", "experience", "seed_lr_multiplier", "widen_start"),
+        also=tuple(sections),
     )
     make_policy(name, **options)
     return build_config(

@@ -11,6 +11,7 @@ from esper.errors import ConfigError
 from esper.kasmina.lifecycle import LifecycleConfig
 from esper.oona.config import BusConfig
 from esper.tamiyo.governor import GovernorConfig
+from esper.tamiyo.rewards.config import RewardConfig
 
 __all__ = ["BudgetConfig", "ProbeConfig", "TamiyoConfig", "build_config"]
 
@@ -98,10 +99,14 @@ class TamiyoConfig:
         seed_lr_multiplier: Factor on the updates of all parameters of seeds, for good. Adapters want a lower
             rate than the fresh head that they are trained with (experiments/finetune).
         journal: Where ``growth.jsonl`` goes; None for the trainer's log folder.
+        experience: Path of the store (SQLite) that keeps every decision with what came of it, for runs to learn
+            from; several runs may share one. The held-out loss is then measured at every decision point. None
+            keeps nothing.
         budget: Limits.
         probes: Measurements.
         lifecycle: Stages and gates.
         governor: Protection against divergence.
+        rewards: What a stored decision is taken to have earned.
         bus: Message bus; None turns it off.
     """
 
@@ -115,10 +120,12 @@ class TamiyoConfig:
     birth_lr_multiplier: float = 1.0
     seed_lr_multiplier: float = 1.0
     journal: str | None = None
+    experience: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     probes: ProbeConfig = field(default_factory=ProbeConfig)
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
     governor: GovernorConfig = field(default_factory=GovernorConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
     bus: BusConfig | None = field(default_factory=BusConfig)
 
     def __post_init__(self) -> None:
@@ -145,6 +152,7 @@ _SECTIONS = {
     "probes": ProbeConfig,
     "lifecycle": LifecycleConfig,
     "governor": GovernorConfig,
+    "rewards": RewardConfig,
     "bus": BusConfig,
 }
 
