@@ -66,7 +66,8 @@ class ModelGraphBuilder:
         Raises:
             MessageError: A candidate or a seed lies at a layer that the topology does not have.
         """
-        return self._build(point, self.window_size, point.topology, point)
+        with np.errstate(all="ignore"):  # what is beyond all measure ends at the features' limit
+            return self._build(point, self.window_size, point.topology, point)
 
     def build_model_graph(
         self,
@@ -100,7 +101,8 @@ class ModelGraphBuilder:
             candidates=_candidates(layout, health_signals),
             timestamp=max((signal.timestamp for signal in health_signals), default=time.time()),
         )
-        return self._build(point, window_size, model_topology, None)
+        with np.errstate(all="ignore"):
+            return self._build(point, window_size, model_topology, None)
 
     def _build(
         self, point: DecisionPoint, size: int, topology: ModelTopology | None, facts: DecisionPoint | None
