@@ -34,6 +34,7 @@ class EpisodeConfig:
         decision_interval: Share of the run between two looks: a sampled step of health signals, and a loss in
             the history.
         candidates: What is offered.
+        follow: Measure the held-out loss at every look, charged to nobody, for the outcome's ``course``.
     """
 
     price: float = 0.0
@@ -41,6 +42,7 @@ class EpisodeConfig:
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     decision_interval: float = 0.05
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
+    follow: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fractions", tuple(self.fractions))

@@ -23,7 +23,7 @@ from esper.messages import DecisionRecord, Event, GovernorRecord
 from esper.tamiyo.controller import Controller
 from esper.tamiyo.environment.config import EpisodeConfig
 from esper.tamiyo.environment.nets import build_network
-from esper.tamiyo.environment.plain import Outcome, evaluate
+from esper.tamiyo.environment.plain import CoursePoint, Outcome, evaluate, look_steps
 from esper.tamiyo.environment.questions import Questions
 from esper.tamiyo.environment.run import EpisodeRun
 from esper.tamiyo.environment.specs import HostSpec
@@ -90,6 +90,8 @@ class Episode:
         self._optimizer = make_optimizer(self._model, spec)
         self._rates = [spec.learning_rate * factor for factor in rate_factors(spec)]
         self._losses: list[Tensor] = []
+        self._course: list[CoursePoint] = []
+        self._looks = frozenset(look_steps(spec, config.decision_interval))
         self._refused: list[str] = []
         self._rollbacks = 0
         self._seconds = 0.0
@@ -104,7 +106,6 @@ class Episode:
         self._run = EpisodeRun(spec, self._model, self._optimizer, self._stream)
         self._questions = Questions(spec, config)
         settings = config.tamiyo_config(spec)
-        self._interval = max(1, round(settings.probes.decision_interval * spec.total_steps))
         self._controller = Controller(
             settings,
             body,
@@ -128,6 +129,11 @@ class Episode:
     def point(self) -> DecisionPoint | None:
         """The decision point at which the run stands; None when none is open."""
         return self._questions.open
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing will be asked any more, after the open decision point if there is one."""
+        return self._questions.done or self._controller.policy is not self._questions
 
     def advance(self) -> DecisionPoint | None:
         """Train to the next decision point.
@@ -219,6 +225,7 @@ class Episode:
             rollbacks=self._rollbacks,
             refused=tuple(self._refused),
             train_losses=tuple(torch.stack(self._losses).tolist()),
+            course=self._whole_course(held_out[0]),
             wall_seconds=self._seconds,
         )
 
@@ -270,6 +277,7 @@ class Episode:
             "step": self.step,
             "snapshot": capture(self._model, self._optimizer, step=self.step).state_dict(),
             "controller": self._controller.state_dict(),
+            "course": [msgspec.to_builtins(point) for point in self._course],
             "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
             "refused": list(self._refused),
             "rollbacks": self._rollbacks,
@@ -284,6 +292,7 @@ class Episode:
         self._controller.load_state_dict(state["controller"])
         self.step = int(state["step"])
         self._losses = list(state["losses"].unbind())
+        self._course = [msgspec.convert(point, CoursePoint) for point in state["course"]]
         self._refused, self._rollbacks = list(state["refused"]), int(state["rollbacks"])
         if self.step:
             self._run.note(self.step, *self._stream.batch(self.step - 1))
@@ -319,14 +328,20 @@ class Episode:
             signals = [msgspec.structs.replace(s, execution_latency=0.0, timestamp=0.0) for s in measured]
             controller.note_health(signals)
             self._questions.history.extend(signals)
+        if self.config.follow and step in self._looks:  # before anything is changed here
+            self._course.append(CoursePoint(step, self.measure()[0], self.training_flops))
         controller.safe_point(step, epoch)
 
     def _sampled(self, step: int) -> bool:
         """Whether step ``step`` is watched: where the controller looks, while anybody will ask."""
         asked = self._controller.policy is self._questions
-        if asked and self._questions.done:
-            return False
-        return step % self._interval == 1 % self._interval
+        return step in self._looks and not (asked and self._questions.done)
+
+    def _whole_course(self, final_loss: float) -> tuple[CoursePoint, ...]:
+        course, end = self._course, self.spec.total_steps
+        if course and course[-1].step < end:
+            return (*course, CoursePoint(end, final_loss, self.training_flops))
+        return tuple(course)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, DecisionRecord) and event.refused:

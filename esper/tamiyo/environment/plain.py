@@ -17,9 +17,17 @@ from esper.tamiyo.environment.nets import build_network
 from esper.tamiyo.environment.specs import HostSpec
 from esper.tamiyo.environment.stream import Stream, make_optimizer, rate_factors
 
-__all__ = ["Outcome", "evaluate", "train_plain"]
+__all__ = ["CoursePoint", "Outcome", "evaluate", "look_steps", "train_plain"]
 
 _ROWS = 1024
+
+
+class CoursePoint(msgspec.Struct, frozen=True, array_like=True):
+    """Held-out loss in nats (NaN where it was not finite) after optimizer step ``step``, and the FLOPs until then."""
+
+    step: Count
+    loss: float
+    training_flops: NonNegative
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +48,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         rollbacks: Times that the governor went back.
         refused: Why decisions were not carried out.
         train_losses: Loss of every step's batch.
+        course: The held-out loss on the way and at the end; empty when it was not followed.
         wall_seconds: That the run took; not a figure to compare.
     """
 
@@ -56,6 +65,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: Count = 0
     refused: tuple[str, ...] = ()
     train_losses: tuple[float, ...] = ()
+    course: tuple[CoursePoint, ...] = ()
     wall_seconds: NonNegative = 0.0
 
 
@@ -74,13 +84,24 @@ def evaluate(model: nn.Module, data: TaskData, part: Samples) -> tuple[float, fl
     return (loss, accuracy) if math.isfinite(loss) else (math.nan, math.nan)
 
 
-def train_plain(spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = None) -> Outcome:
+def look_steps(spec: HostSpec, interval: float) -> list[int]:
+    """Optimizer steps after which a run is looked at: the first, and each further ``interval`` share of the run.
+
+    They are the steps at which :class:`~esper.tamiyo.controller.Controller` decides.
+    """
+    return list(range(1, spec.total_steps + 1, max(1, round(interval * spec.total_steps))))
+
+
+def train_plain(
+    spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = None, follow: float | None = None
+) -> Outcome:
     """Train the host of ``spec`` from its first step to its last.
 
     Args:
         spec: The run.
         repeat: Other first weights and another order.
         model: A network to train in its place, such as the final shape of a grown one with fresh weights.
+        follow: Measure the held-out loss on the way, at the :func:`look_steps` of this interval.
     """
     started = time.perf_counter()
     stream = Stream(spec, repeat)
@@ -88,7 +109,9 @@ def train_plain(spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = No
     if model is None:
         model = build_network(spec, first.input_shape, first.num_outputs, repeat=repeat)
     optimizer = make_optimizer(model, spec)
-    losses = []
+    losses, course = [], []
+    followed = set() if follow is None else set(look_steps(spec, follow))
+    flops_a_step = 3.0 * forward_flops(model, first) * spec.batch_size
     model.train()
     for step, factor in enumerate(rate_factors(spec)):
         x, y = stream.batch(step)
@@ -99,8 +122,14 @@ def train_plain(spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = No
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
+        if step + 1 in followed:
+            now = stream.phase(step)
+            loss_now = evaluate(model, now, now.held_out)[0]
+            course.append(CoursePoint(step + 1, loss_now, flops_a_step * (step + 1)))
     last = stream.phases[-1]
     held_out, test = evaluate(model, last, last.held_out), evaluate(model, last, last.test)
+    if followed and course[-1].step < spec.total_steps:
+        course.append(CoursePoint(spec.total_steps, held_out[0], flops_a_step * spec.total_steps))
     size = sum(p.numel() for p in model.parameters())
     return Outcome(
         held_out_loss=held_out[0],
@@ -109,8 +138,9 @@ def train_plain(spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = No
         test_accuracy=test[1],
         host_parameters=size,
         num_parameters=size,
-        training_flops=3.0 * forward_flops(model, first) * spec.batch_size * spec.total_steps,
+        training_flops=flops_a_step * spec.total_steps,
         train_losses=tuple(torch.stack(losses).tolist()),
+        course=tuple(course),
         wall_seconds=time.perf_counter() - started,
     )
 
