@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.tamiyo.geometric import scatter
 
-__all__ = ["CandidateDistribution"]
+__all__ = ["CandidateDistribution", "log_available"]
 
 
 class CandidateDistribution:
@@ -37,8 +37,8 @@ class CandidateDistribution:
         self.candidate_batch = candidate_batch
         self.num_graphs = num_graphs
         self.num_available = self._sum(mask.long())
-        self._starts = self._sum(torch.ones_like(mask, dtype=torch.long)).cumsum(0).roll(1)
-        self._starts[:1] = 0
+        sizes = self._sum(torch.ones_like(mask, dtype=torch.long))
+        self._starts = sizes.cumsum(0) - sizes
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         # finite stand-ins for what is masked keep NaN out of the gradients

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from esper.tamiyo.geometric import GCNConv, gcn_norm, scatter, softmax
 
-__all__ = ["AttentionConv", "ChannelDropout", "Flow", "GraphLayer", "Noise", "Rows", "like", "mlp", "pool"]
+__all__ = [
+    "AttentionConv",
+    "ChannelDropout",
+    "Flow",
+    "GraphLayer",
+    "Noise",
+    "PairMLP",
+    "Rows",
+    "like",
+    "mlp",
+    "pool",
+]
 
 
 @dataclass(frozen=True)
@@ -195,6 +206,43 @@ class GraphLayer(nn.Module):
         mixed = torch.lerp(convolved, attended, gate).relu()
         added = cast(Tensor, self.dropout(mixed, rows, noise))
         return like(h, added) + added
+
+
+class PairMLP(nn.Module):
+    """Two linear layers on pairs of rows: ``W (relu(A a_i + B b_j + c)) + d`` for each pair (i, j).
+
+    The same as an MLP on rows laid side by side, but each row is multiplied once, however many pairs it is in.
+
+    Args:
+        hidden_dim: H, of both rows and between the layers.
+        num_out: Outputs.
+    """
+
+    def __init__(self, hidden_dim: int, num_out: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(hidden_dim, hidden_dim)
+        self.second = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.out = nn.Linear(hidden_dim, num_out)
+
+    def forward(self, a: Tensor, b: Tensor, i: Tensor | None, j: Tensor) -> Tensor:
+        """Map rows ``a`` [R, ..., H] and ``b`` [R', ..., H] to [pairs, ..., num_out].
+
+        Args:
+            a: First rows.
+            b: Second rows.
+            i: Which first row each pair has [pairs]; None for all in their order.
+            j: Which second row [pairs].
+        """
+        return cast(Tensor, self.out((_picked(self.first, a, i) + _picked(self.second, b, j)).relu()))
+
+
+def _picked(linear: nn.Linear, rows: Tensor, index: Tensor | None) -> Tensor:
+    """``linear(rows)[index]``, by whichever order multiplies fewer rows."""
+    if index is None:
+        return cast(Tensor, linear(rows))
+    if len(index) < len(rows):
+        return cast(Tensor, linear(rows.index_select(0, index)))
+    return cast(Tensor, linear(rows)).index_select(0, index)
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape legend: ``B`` graphs, ``N`` nodes, ``E`` edges, ``C`` candidates, ``M`` pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,13 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.errors import ConfigError
-from esper.tamiyo.geometric import scatter
+from esper.tamiyo.geometric import Batch, scatter
 from esper.tamiyo.graph.data import CandidateGraph, ModelGraphState
 from esper.tamiyo.network.config import PolicyConfig
 from esper.tamiyo.network.decision import AdaptationDecision, Verdict
 from esper.tamiyo.network.distribution import CandidateDistribution
 from esper.tamiyo.network.judging import Reading, judge
-from esper.tamiyo.network.layers import ChannelDropout, Flow, GraphLayer, Noise, Rows, like, mlp, pool
+from esper.tamiyo.network.layers import (
+    ChannelDropout,
+    Flow,
+    GraphLayer,
+    Noise,
+    PairMLP,
+    Rows,
+    like,
+    mlp,
+    pool,
+)
 from esper.tamiyo.network.uncertainty import measure_uncertainty
 
 __all__ = ["NodeEncoder", "PolicyOutput", "TamiyoNetwork"]
@@ -94,12 +105,12 @@ class TamiyoNetwork(nn.Module):
         )
         self.node_norm = nn.LayerNorm(hidden)
         self.context = mlp(2 * hidden + config.global_feature_dim, hidden, hidden)
-        self.placement = mlp(2 * hidden, hidden, hidden)
+        self.placement = PairMLP(hidden, hidden)
         self.candidate = mlp(config.candidate_feature_dim, hidden, hidden)
         self.candidate_norm = nn.LayerNorm(hidden)
         self.head_dropout = ChannelDropout(config.head_dropout)
-        self.logit_head = mlp(2 * hidden, hidden, 1)
-        self.risk_head = mlp(2 * hidden, hidden // 2, 1)
+        self.logit_head = PairMLP(hidden, 1)
+        self.risk_head = PairMLP(hidden, 1)
         self.graph_head = mlp(3 * hidden, hidden, 2)
 
     def forward(self, graph: CandidateGraph) -> PolicyOutput:
@@ -141,7 +152,8 @@ class TamiyoNetwork(nn.Module):
         output = self._heads(graph, self._through(shared, flow, rows, None, start, end), rows, None)
         num_samples = self.config.uncertainty_samples
         noise = Noise(torch.Generator(graph.x.device).manual_seed(seed), num_samples)
-        logits = self._heads(graph, self._through(shared, flow, rows, noise, start, end), rows, noise).logits
+        noisy = self._through(shared, flow, rows, noise, start, end)
+        logits = self._logits(graph, *self._embed(graph, noisy, rows, noise))
         # without any dropout there is one pass, which all samples would repeat
         return output, logits.T if logits.dim() == 2 else logits.expand(num_samples, -1)
 
@@ -170,37 +182,61 @@ class TamiyoNetwork(nn.Module):
         Raises:
             ConfigError: As for :meth:`forward`.
         """
-        return judge(self.config, state, self.read(state.graph_data), adaptations_this_epoch)
+        return self.decide_all([state], [adaptations_this_epoch])[0]
 
-    @torch.no_grad()
-    def read(self, graph: CandidateGraph) -> Reading:
-        """Rate the candidates of one graph without dropout, with the uncertainty of that.
+    def decide_all(
+        self, states: Sequence[ModelGraphState], adaptations_this_epoch: Sequence[int]
+    ) -> list[Verdict]:
+        """Judge several decision points in one pass; each as :meth:`decide` does, up to rounding.
+
+        Args:
+            states: Of any runs.
+            adaptations_this_epoch: Of the run of each state.
 
         Raises:
             ConfigError: As for :meth:`forward`.
         """
-        if not self.config.enable_uncertainty:
+        if not states:
+            return []
+        graphs = [state.graph_data for state in states]
+        readings = self.read(graphs[0] if len(graphs) == 1 else Batch.from_data_list(graphs))
+        each = zip(states, readings, adaptations_this_epoch, strict=True)
+        return [judge(self.config, state, reading, count) for state, reading, count in each]
+
+    @torch.no_grad()
+    def read(self, graph: CandidateGraph) -> list[Reading]:
+        """Rate the candidates of each graph of a batch without dropout, with the uncertainty of that.
+
+        Args:
+            graph: As for :meth:`forward`.
+
+        Raises:
+            ConfigError: As for :meth:`forward`.
+        """
+        batch, num_graphs = graph.candidate_batch, len(graph.global_features)
+        if self.config.enable_uncertainty:
+            output, samples = self.sample(graph)
+            epistemic, aleatoric, spread = measure_uncertainty(
+                samples, graph.candidate_mask, batch, num_graphs
+            )
+        else:
             flow, rows = self._flow(graph)
             h = self._through(graph.x, flow, rows, None, 0, len(self.layers) + 1)
             output = self._heads(graph, h, rows, None)
-            return Reading(
-                output.logits,
-                output.risk,
-                float(output.value),
-                float(output.urgency),
-                torch.zeros_like(output.logits),
-            )
-        output, samples = self.sample(graph)
-        unsure = measure_uncertainty(samples, graph.candidate_mask, graph.candidate_batch, 1)
-        return Reading(
-            output.logits,
-            output.risk,
-            float(output.value),
-            float(output.urgency),
-            unsure.spread,
-            float(unsure.epistemic),
-            float(unsure.aleatoric),
+            spread = torch.zeros_like(output.logits)
+            epistemic = aleatoric = torch.zeros_like(output.value)
+        sizes = torch.bincount(batch, minlength=num_graphs).tolist()
+        parts = zip(
+            output.logits.split(sizes),
+            output.risk.split(sizes),
+            output.value.tolist(),
+            output.urgency.tolist(),
+            spread.split(sizes),
+            epistemic.tolist(),
+            aleatoric.tolist(),
+            strict=True,
         )
+        return [Reading(*part) for part in parts]
 
     def distribution(self, output: PolicyOutput, graph: CandidateGraph) -> CandidateDistribution:
         """The distribution over available candidates that the preferences mean."""
@@ -216,32 +252,40 @@ class TamiyoNetwork(nn.Module):
             h = self.encoder(h, rows, noise) if stage == 0 else self.layers[stage - 1](h, flow, rows, noise)
         return h
 
-    def _heads(self, graph: CandidateGraph, h: Tensor, rows: Rows, noise: Noise | None) -> PolicyOutput:
-        """Outputs from embeddings of nodes [N, H], or [N, S, H] (then with S between rows and channels)."""
+    def _embed(
+        self, graph: CandidateGraph, h: Tensor, rows: Rows, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        """Candidates [C, ..., H] and graphs [B, ..., H], from nodes [N, ..., H]."""
         h = self.node_norm(h)
-        num_graphs, num_candidates = rows.num_graphs, len(graph.candidate_attr)
-        graphs = Rows(torch.arange(num_graphs, device=h.device), num_graphs)
-        candidates = Rows(graph.candidate_batch, num_graphs)
         pooled = pool(h, rows)
         run = like(graph.global_features, pooled).expand(*pooled.shape[:-1], -1)
         context = self.context(torch.cat([pooled, run], -1)).relu()
+        graphs = Rows(torch.arange(rows.num_graphs, device=h.device), rows.num_graphs)
         context = self.head_dropout(context, graphs, noise)
         source, target = graph.placement_index
-        placed = self.placement(torch.cat([h[source], h[target]], -1))
-        placed = scatter(placed, graph.placement_candidate, 0, num_candidates, "mean")
+        placed = self.placement(h, h, source, target)
+        placed = scatter(placed, graph.placement_candidate, 0, len(graph.candidate_attr), "mean")
         own = like(self.candidate(graph.candidate_attr), placed)
+        candidates = Rows(graph.candidate_batch, rows.num_graphs)
         z = self.head_dropout(self.candidate_norm(placed + own).relu(), candidates, noise)
-        about = torch.cat([z, context[graph.candidate_batch]], -1)
+        return z, context
+
+    def _logits(self, graph: CandidateGraph, z: Tensor, context: Tensor) -> Tensor:
+        logits: Tensor = self.logit_head(z, context, None, graph.candidate_batch).squeeze(-1)
+        return logits
+
+    def _heads(self, graph: CandidateGraph, h: Tensor, rows: Rows, noise: Noise | None) -> PolicyOutput:
+        """Outputs from embeddings of nodes [N, H]."""
+        z, context = self._embed(graph, h, rows, noise)
         available = graph.candidate_mask
-        offered = pool(z[available], Rows(graph.candidate_batch[available], num_graphs))
+        offered = pool(z[available], Rows(graph.candidate_batch[available], rows.num_graphs))
         value, urgency = self.graph_head(torch.cat([context, offered], -1)).unbind(-1)
-        risk = self.risk_head(about).squeeze(-1).sigmoid()
-        wait = _first_of_each(graph.candidate_batch).view(-1, *[1] * (risk.dim() - 1))
+        risk = self.risk_head(z, context, None, graph.candidate_batch).squeeze(-1).sigmoid()
         return PolicyOutput(
-            logits=self.logit_head(about).squeeze(-1),
+            logits=self._logits(graph, z, context),
             value=value,
             urgency=F.softplus(urgency),
-            risk=risk.masked_fill(wait, 0.0),
+            risk=risk.masked_fill(_first_of_each(graph.candidate_batch), 0.0),
         )
 
     def _flow(self, graph: CandidateGraph) -> tuple[Flow, Rows]:

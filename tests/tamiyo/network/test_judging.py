@@ -183,7 +183,7 @@ def biased(**config: Any) -> TamiyoNetwork:
     torch.manual_seed(0)
     network = TamiyoNetwork(dataclasses.replace(SMALL, **config))
     with torch.no_grad():
-        network.logit_head[-1].weight.mul_(40)
+        network.logit_head.out.weight.mul_(40)
     return network
 
 
@@ -209,8 +209,19 @@ def test_make_decision_is_none_unless_something_is_to_be_done() -> None:
 
 def test_samples_are_taken_only_where_uncertainty_is_enabled() -> None:
     graph = state().graph_data
-    with_samples, without = biased().read(graph), biased(enable_uncertainty=False).read(graph)
+    with_samples, without = biased().read(graph)[0], biased(enable_uncertainty=False).read(graph)[0]
     assert with_samples.epistemic > 0
     assert bool(with_samples.spread[1:].all())
     assert (without.epistemic, without.spread.any().item()) == (0.0, False)
     torch.testing.assert_close(with_samples.logits, without.logits)
+
+
+def test_many_states_are_judged_as_each_alone() -> None:
+    network = biased(uncertainty_threshold=1.0)
+    states = [state(), state([True, False, True, True]), state([True, False, False, False])]
+    together = network.decide_all(states, [0, 2, 0])
+    for verdict, at, count in zip(together, states, [0, 2, 0], strict=True):
+        alone = network.decide(at, count)
+        assert (verdict.outcome, verdict.decision.candidate) == (alone.outcome, alone.decision.candidate)
+        assert verdict.decision.numbers == pytest.approx(alone.decision.numbers, abs=1e-5)
+    assert network.decide_all([], []) == []

@@ -34,9 +34,9 @@ def eager_network(seed: int = 0) -> TamiyoNetwork:
         network.candidate[0].weight[0, 0] = 50.0
         network.candidate[2].weight[0, 0] = 50.0
         network.candidate_norm.weight[0] = 4.0
-        network.logit_head[0].weight[0] = 0.0
-        network.logit_head[0].weight[0, 0] = 4.0
-        network.logit_head[2].weight[0, 0] = -0.2
+        network.logit_head.first.weight[0] = 0.0
+        network.logit_head.first.weight[0, 0] = 4.0
+        network.logit_head.out.weight[0, 0] = -0.2
     return network
 
 
