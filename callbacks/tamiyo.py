@@ -522,6 +522,8 @@ class TamiyoCallback(ByHand, L.Callback):
 
     def _close(self) -> None:
         self._drop_tracer()
+        if self._controller is not None:
+            self._controller.close()
         if self._probes is not None:
             self._probes.cancel()
         self._guards.remove()

@@ -26,7 +26,7 @@ from esper.tamiyo.ledger import Ledger
 from esper.tamiyo.recorder import Recorder
 from esper.tamiyo.retraining import Retraining
 from esper.tamiyo.scorer import Scorer
-from esper.tamiyo.state import GrowthState, Policy, SeedView, SiteView
+from esper.tamiyo.state import GrowthState, LatePolicy, Policy, SeedView, SiteView
 from esper.tamiyo.vetting import refusal
 from esper.tamiyo.warden import Warden
 
@@ -54,6 +54,8 @@ class Controller:
         self.body = body
         self.run = run
         self.policy = policy
+        inner = getattr(policy, "policy", policy)  # of one whose decisions are recorded
+        self._late = inner if isinstance(inner, LatePolicy) else None
         self.recorder = recorder
         host_flops = sum(layer.flops for layer in body.topology.layers if not layer.block)
         self.ledger = Ledger(
@@ -162,7 +164,7 @@ class Controller:
 
         Until then the warden may be asked to :meth:`~Warden.pass_by` each step instead.
         """
-        if self._always_due():
+        if self._always_due() or (self._late is not None and self._alone and self._late.expecting):
             return step + 1
         return max(step + 1, min(self._next_decision, self.warden.next_check(step)))
 
@@ -173,10 +175,16 @@ class Controller:
     def _always_due(self) -> bool:
         return bool(
             self.pending
+            or (self._late is not None and self._alone and self._late.answered)
             or self.body.seeds
             or self.ledger.embargoes
             or (self._retraining is not None and not self._retraining.done)
         )
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the only process; several act at steps alone at which all of them look."""
+        return self.run.ranks.size == 1
 
     def _structure(self) -> list[tuple[str, bool]]:
         """Every seed, and whether it takes part in the loss."""
@@ -187,7 +195,10 @@ class Controller:
         ranks = self.run.ranks
         if ranks.size > 1 and not (step >= self._next_decision or self.warden.check_due(step)):
             return []
-        pending, self.pending = self.pending, []
+        pending, self.pending = (
+            [*self.pending, *(self._late.collect(step) if self._late is not None else ())],
+            [],
+        )
         if ranks.size == 1:
             return pending
         asked = ranks.first("requests", [msgspec.to_builtins(decision) for decision in pending])
@@ -245,6 +256,7 @@ class Controller:
             measure_saving=self._saving,
             seeds_left=max(0, self.config.budget.max_seeds_alive - len(alive)),
             training_flops=ledger.training_flops,
+            run_id=self.recorder.run_id,
         )
 
     def _saving(self, seed_ids: Sequence[str]) -> float | None:
@@ -286,6 +298,8 @@ class Controller:
         self.recorder.num_parameters = self.body.num_parameters
         applied = not reason and decision.action != "wait"
         self.recorder.decision(decision, applied=applied, refused=reason, seed_id=seed_id)
+        if self._late is not None:
+            self._late.note(decision, refused=reason, seed_id=seed_id)
 
     def _refusal(self, decision: Decision, step: int, epoch: int) -> str:
         return self.run.ranks.closed or refusal(
@@ -367,6 +381,11 @@ class Controller:
         self.warden.start_afresh()
         reason = f"the search is over: the found shape of {self.body.num_parameters} parameters starts afresh"
         self.recorder.decision(Decision(action="wait", reason=reason, policy="finish=retrain"), applied=True)
+
+    def close(self) -> None:
+        """Hang up, where somebody elsewhere decides; the next decision point would open the line again."""
+        if self._late is not None:
+            self._late.close()
 
     def follow(self, previous: Controller, *, same_run: bool) -> None:
         """Take over from the controller of an earlier ``fit`` of the same model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,7 +15,7 @@ from esper.kasmina.sites import Site
 from esper.kasmina.topology import ModelTopology
 from esper.messages import Decision, HealthSignal, Stage
 
-__all__ = ["GrowthState", "Policy", "SeedView", "SiteView"]
+__all__ = ["GrowthState", "LatePolicy", "Policy", "SeedView", "SiteView"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class GrowthState:
             over on, with the host as it has adapted to them (charged); None when nothing is held out.
         seeds_left: Seeds that may be on their way besides those that are now.
         training_flops: Training FLOPs of the run so far, scoring and culled seeds charged.
+        run_id: Of the run.
     """
 
     step: int
@@ -94,6 +95,7 @@ class GrowthState:
     measure_saving: Callable[[Sequence[str]], float | None] = lambda seed_ids: None
     seeds_left: int = sys.maxsize
     training_flops: float = 0.0
+    run_id: str = ""
 
     @property
     def fraction(self) -> float:
@@ -114,3 +116,25 @@ class Policy(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on what :meth:`state_dict` returned."""
+
+
+@runtime_checkable
+class LatePolicy(Protocol):
+    """A policy that may answer between decision points: somebody elsewhere decides, and training does not wait."""
+
+    @property
+    def expecting(self) -> bool:
+        """Whether an answer may come before the next decision point."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether :meth:`collect` has something; asked at every step while an answer is expected."""
+
+    def collect(self, step: int) -> list[Decision]:
+        """What has come since the last decision point, for ``step``; vetted like any other decision."""
+
+    def note(self, decision: Decision, *, refused: str, seed_id: str) -> None:
+        """Take note of what became of a decision, of this policy or any other."""
+
+    def close(self) -> None:
+        """Hang up; a later decision point opens the line again."""

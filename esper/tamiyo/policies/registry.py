@@ -20,6 +20,7 @@ _POLICIES = {
     "narrowest": "NarrowestPolicy",
     "off": "OffPolicy",
     "random": "RandomPolicy",
+    "remote": "RemotePolicy",
     "schedule": "SchedulePolicy",
     "shortcut": "ShortcutPolicy",
     "tamiyo": "TamiyoPolicy",

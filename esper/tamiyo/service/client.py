@@ -242,23 +242,26 @@ class _Line:
         self._reports[report.request_id] = _Timed(report)
 
     def _run(self) -> None:
+        with contextlib.ExitStack() as stack, contextlib.suppress(zmq.ContextTerminated):  # the process ends
+            self._talk(stack)
+
+    def _talk(self, stack: contextlib.ExitStack) -> None:
         deadline_s = float("inf")
-        with contextlib.ExitStack() as stack:
-            socket, monitor = self._connect(stack)
-            while time.monotonic() < deadline_s:
-                if self._ended and deadline_s == float("inf"):
-                    self._question = None
-                    deadline_s = time.monotonic() + _CLOSE_S
-                if self._ended and not self._reports:
-                    break
-                self._wait(socket, monitor)
-                if time.monotonic() - self._heard_s > _PATIENCE * self._heartbeat_s and self._wants():
-                    # ZeroMQ reconnects by itself, but what its queue holds for the old connection is stale
-                    stack.close()
-                    socket, monitor = self._connect(stack)
-                self._say(socket)
-            if self._registered:
-                self._send(socket, Leave(run_id=self._run_id))
+        socket, monitor = self._connect(stack)
+        while time.monotonic() < deadline_s:
+            if self._ended and deadline_s == float("inf"):
+                self._question = None
+                deadline_s = time.monotonic() + _CLOSE_S
+            if self._ended and not self._reports:
+                break
+            self._wait(socket, monitor)
+            if time.monotonic() - self._heard_s > _PATIENCE * self._heartbeat_s and self._wants():
+                # ZeroMQ reconnects by itself, but what its queue holds for the old connection is stale
+                stack.close()
+                socket, monitor = self._connect(stack)
+            self._say(socket)
+        if self._registered:
+            self._send(socket, Leave(run_id=self._run_id))
 
     def _connect(self, stack: contextlib.ExitStack) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         socket = new_socket(zmq.DEALER)
@@ -272,7 +275,7 @@ class _Line:
         monitor = socket.get_monitor_socket(_EVENTS)
         stack.callback(socket.close)
         stack.callback(monitor.close)
-        stack.callback(socket.disable_monitor)
+        stack.callback(_stop_monitor, socket)
         socket.connect(self._address)
         self._registered = False
         self._heard_s = time.monotonic()
@@ -426,3 +429,8 @@ class _Line:
 
 def _request_id(message: Request) -> str:
     return message.request_id if isinstance(message, Ask | Report) else ""
+
+
+def _stop_monitor(socket: zmq.Socket[bytes]) -> None:
+    with contextlib.suppress(zmq.ContextTerminated):
+        socket.disable_monitor()

@@ -26,8 +26,8 @@ class ServiceConfig:
         keys: Folder of CURVE keys (:mod:`esper.oona.keys`); needed beyond loopback. Empty: none.
         http_address: Loopback ``HOST:PORT`` of /healthz, /readyz and /metrics; port 0 picks a free one, empty: none.
         store: SQLite file of the experiences.
-        decider: ``wait``, the name of a rule over candidates (``esper serve --help`` lists them), or the path of a
-            policy network's weights (``.safetensors``).
+        decider: ``tamiyo`` for the policy network that came with the package, the path of another one's weights
+            (``.safetensors``), or a rule over candidates (:data:`esper.tamiyo.oracle.rules.RULES`); ``wait`` is one.
         cycle_ms: Least time between two decisions of one run; a request that comes sooner waits.
         cooldown_s: After an adaptation of a run, no other one within this time.
         max_adaptations: Of one run within ``rate_window_s``.

@@ -81,17 +81,17 @@ class RuleDecider:
         found = [variant for variant in every if rule in (variant.name, str(variant))]
         if not found:
             raise ConfigError(
-                f"expected a decider of {', '.join(RULES)}, one with options such as {every[-1]}, or a file of "
-                f"weights (.safetensors), got {rule!r}"
+                f"expected a decider of tamiyo, {', '.join(RULES)}, one with options such as {every[-1]}, or a file "
+                f"of weights (.safetensors), got {rule!r}"
             )
         self._rule = found[0]
-        self.name = str(self._rule)
+        self.name = str(self._rule) if self._rule.options else self._rule.name
         self.version = ""
 
     def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
         """One choice for each point."""
         return [
-            Choice(index, f"{self.name}: {'' if index else 'nothing to be done'}".rstrip(": "))
+            Choice(index, "what the rule says" if index else "the rule says nothing")
             for index in map(self._rule.choose, points)
         ]
 
@@ -105,8 +105,8 @@ def make_decider(name: str) -> Decider:
     Raises:
         ConfigError: There is no such rule, or no such file, or it holds no policy network.
     """
-    if not name.endswith(".safetensors"):
+    if name != "tamiyo" and not name.endswith(".safetensors"):
         return RuleDecider(name)
     from esper.tamiyo.service.network_decider import NetworkDecider
 
-    return NetworkDecider(Path(name))
+    return NetworkDecider(None if name == "tamiyo" else Path(name))

@@ -338,5 +338,5 @@ def test_rules_decide_over_candidates() -> None:
     assert even.candidate == 0
     chosen = RuleDecider("cond(size=large, ratio=0.7)")
     assert chosen.name == "cond(size=large, ratio=0.7)"
-    with pytest.raises(ConfigError, match="expected a decider of wait, random"):
+    with pytest.raises(ConfigError, match="expected a decider of tamiyo, wait, random"):
         make_decider("oracle of Delphi")

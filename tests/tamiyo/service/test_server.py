@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 from service_points import make_point, make_topology
+from service_processes import Served
+from service_threads import QUICK, serving, wait_for
 
 from esper.errors import ConfigError
 from esper.oona.keys import create_keys, trust_client, trust_server
@@ -28,33 +25,6 @@ from esper.tamiyo.service.client import ServiceClient
 from esper.tamiyo.service.config import ServiceConfig
 from esper.tamiyo.service.protocol import Answer, Hello, Refusal, read_reply, topology_hash, write
 from esper.tamiyo.service.server import TamiyoService
-
-QUICK: dict[str, Any] = {
-    "address": "tcp://127.0.0.1:*", "http_address": "", "cycle_ms": 0.0, "cooldown_s": 0.0, "heartbeat_s": 0.2,
-    "expiry_s": 5.0, "decider": "cond(size=small, ratio=0.5)",
-}  # fmt: skip
-
-
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 10.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.005)
-    return found
-
-
-@contextlib.contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[TamiyoService]:
-    """A service in a thread of this process."""
-    service = TamiyoService(ServiceConfig(**(QUICK | {"store": str(folder / "x.db")} | settings)))
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    try:
-        yield service
-    finally:
-        service.stop()
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 def decide(client: ServiceClient, step: int, *, run: str = "run", **point: Any) -> Answer | Refusal:
@@ -248,27 +218,6 @@ def test_a_run_that_cannot_be_heard_is_forgotten_and_registers_again(tmp_path: P
             assert isinstance(decide(client, 2), Answer)
 
 
-class Served:
-    """``esper serve`` in a process of its own."""
-
-    def __init__(self, folder: Path, port: str = "*") -> None:
-        settings = {**QUICK, "address": f"tcp://127.0.0.1:{port}", "store": str(folder / "x.db")}
-        command = [sys.executable, "-m", "esper.cli", "serve"]
-        for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"tcp://127\.0\.0\.1:(\d+)", line)
-        assert found, line + (self.process.stderr.read() if self.process.stderr else "")
-        self.port = found[1]
-
-    def end(self, number: signal.Signals) -> tuple[int, str]:
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
-        return self.process.returncode, out + err
-
-
 def test_a_killed_service_loses_nothing_and_its_runs_find_it_again(tmp_path: Path) -> None:
     served = Served(tmp_path)
     try:
@@ -287,8 +236,7 @@ def test_a_killed_service_loses_nothing_and_its_runs_find_it_again(tmp_path: Pat
         assert status == 0, text
         assert "ending after 1 decisions" in text
     finally:
-        served.process.kill()
-        served.process.communicate()
+        served.kill()
     with ExperienceStore(tmp_path / "x.db", readonly=True) as store:
         assert [e.decision.decision_id for e in store.iterate()] == ["run:1", "run:2"]
         store.check()
