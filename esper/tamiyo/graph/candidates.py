@@ -22,7 +22,7 @@ from esper.tamiyo.graph.candidate_config import CandidateConfig
 from esper.tamiyo.graph.facts import WAIT, Candidate, CandidateAction, Placement
 from esper.tamiyo.graph.plan import HostPlan, fitting
 from esper.tamiyo.policies.dormant import recyclable
-from esper.tamiyo.policies.shape import HiddenLayer, hidden_layers, units
+from esper.tamiyo.policies.shape import units
 from esper.tamiyo.policies.sizes import MAX_SIZE, Fit, Room
 
 if TYPE_CHECKING:
@@ -72,21 +72,19 @@ class _Finder:
         self.state, self.config = state, config
         self.room = Room.left(state)
         self.closed = _closed(state)
-        self.hidden = hidden_layers(state)
-        self.over = {layer.view.site.name for layer in self.hidden}
         self.plan = plan
-        plan.follow(state, config, self.over)
+        plan.follow(state, config)
 
     def grow(self) -> Iterator[Candidate]:
         """Whatever adds something."""
-        yield from self._alike()
         config, plan, sites = self.config, self.plan, self.state.sites
+        if plan.alike:
+            yield from self._sized([sites[i] for i in plan.alike], plan.widens, config.shares)
         for i in plan.long:
             for name in fitting(sites[i].site, config):
                 yield from self._sized([sites[i]], name, config.shares)
-        for layer in self._narrowest():
-            if layer.blueprint in config.blueprints:
-                yield from self._sized([layer.view], layer.blueprint, config.shares)
+        for i, name in plan.narrow:
+            yield from self._sized([sites[i]], name, config.shares)
         for i in plan.stacks:
             yield from self._sized([sites[i]], "stack", (1.0,))
         for i, name in plan.beside:
@@ -97,27 +95,31 @@ class _Finder:
         state, topology = self.state, self.state.topology
         grown_from = {seed.site for seed in state.seeds}
         read_by_seeds = {view.site.source for view in state.sites if view.site.name in grown_from}
-        asleep: dict[str, tuple[bool, float]] = {}
-        for layer in topology.layers:
-            signal = state.health.get(layer.name)
-            if (
-                layer.is_output
-                or layer.block
-                or signal is None
-                or signal.dormancy <= self.config.min_dormancy
-            ):
-                continue
-            asleep[layer.name] = (recyclable(topology, layer.name, read_by_seeds), signal.dormancy)
-        for name in sorted(
-            sorted(asleep, key=asleep.__getitem__)[-self.config.max_recycled :], key=list(asleep).index
-        ):
-            reason = ""
-            if not asleep[name][0]:
-                reason = f"what reads the units of {name} is not dense layers of its kind alone"
-            elif state.health[name].step <= recycled.get(name, -1):
-                reason = f"{name} was not measured since it was recycled at step {recycled[name]}"
-            place = Placement(site="", source=name, target=name)
-            yield Candidate(action="recycle", placements=(place,), unavailable=reason)
+        least, most = self.config.min_dormancy, self.config.max_recycled
+        inner = [layer.name for layer in topology.layers if not (layer.block or layer.is_output)]
+        dormancy = {name: state.health[name].dormancy for name in inner if name in state.health}
+        why: dict[str, str] = {}
+        free = 0
+        for name in sorted((n for n in dormancy if dormancy[n] > least), key=lambda n: -dormancy[n]):
+            if free == most:
+                break
+            if not recyclable(topology, name, read_by_seeds):
+                why[name] = f"what reads the units of {name} is not dense layers of its kind alone"
+            else:
+                free += 1
+                unchanged = state.health[name].step <= recycled.get(name, -1)
+                why[name] = (
+                    f"{name} was not measured since it was recycled at step {recycled[name]}"
+                    if unchanged
+                    else ""
+                )
+        closed = [name for name in why if why[name]]
+        for name in closed[max(0, most - free) :]:
+            del why[name]
+        for name in inner:
+            if name in why:
+                place = Placement(site="", source=name, target=name)
+                yield Candidate(action="recycle", placements=(place,), unavailable=why[name])
 
     def about(self, seed: SeedView, action: CandidateAction) -> Candidate:
         """What may be done about a seed that is on its way."""
@@ -138,16 +140,6 @@ class _Finder:
         if not scores:
             return tuple(found)
         return tuple(_with_scores(c, scores) if c.action == "grow" else c for c in found)
-
-    def _alike(self) -> Iterator[Candidate]:
-        layers = [layer for layer in self.hidden if layer.blueprint in self.config.blueprints]
-        kinds = {layer.blueprint for layer in layers}
-        if len(layers) > 1 and len(kinds) == 1:
-            yield from self._sized([layer.view for layer in layers], kinds.pop(), self.config.shares)
-
-    def _narrowest(self) -> list[HiddenLayer]:
-        by_neck = sorted(range(len(self.hidden)), key=lambda i: (self.hidden[i].neck, self.hidden[i].width))
-        return [self.hidden[i] for i in sorted(by_neck[: self.config.max_sites])]
 
     def _sized(self, views: Sequence[SiteView], name: str, shares: Sequence[float]) -> Iterator[Candidate]:
         """A candidate for every different size that ``shares`` of the budget buy; else one that says why none."""
@@ -191,7 +183,7 @@ class _Finder:
             for candidate in found
             if candidate.action == "grow" and not candidate.unavailable and len(candidate.placements) == 1
             for place in candidate.placements
-            if place.kind == "bypass" and (place.site in self.over or around)
+            if place.kind == "bypass" and (place.site in self.plan.over or around)
         }
         if not names:
             return {}

@@ -51,6 +51,9 @@ class History:
         alive = {"", *(seed.seed_id for seed in state.seeds)}
         self._signals = {key: known for key, known in self._signals.items() if key[1] in alive}
         self.extend(signal for signal in state.health.values() if signal.seed_id in alive)
+        for known in self._signals.values():
+            while len(known) > self._each:
+                known.popleft()
         if math.isfinite(state.train_loss):
             while self._losses and self._losses[-1][0] >= state.step:
                 self._losses.pop()
@@ -73,9 +76,14 @@ class History:
     @property
     def signals(self) -> tuple[HealthSignal, ...]:
         """All that is kept, oldest first; of one step in the order in which layers first spoke."""
-        each = max(1, self.max_signals // max(1, len(self._signals)))
+        each = self._each
         recent = [s for known in self._signals.values() for s in list(known)[-each:]]
         return tuple(sorted(recent, key=lambda signal: signal.step))
+
+    @property
+    def _each(self) -> int:
+        """Signals of one layer or seed that there is room for."""
+        return max(1, self.max_signals // max(1, len(self._signals)))
 
     @property
     def steps(self) -> tuple[int, ...]:

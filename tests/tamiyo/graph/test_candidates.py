@@ -217,3 +217,33 @@ def test_options_are_checked() -> None:
         CandidateConfig(blueprints=())
     with pytest.raises(ConfigError, match="at least 2"):
         CandidateConfig(max_candidates=1)
+
+
+def test_a_plan_follows_growth_and_other_options() -> None:
+    loop, plan = ProbedLoop(total_steps=1000).run(3), HostPlan()
+    assert candidates(loop.state, plan=plan) == candidates(loop.state)
+    narrowest = CandidateConfig(blueprints=("shortcut", "widen"), max_sites=1)
+
+    def widened() -> set[str]:
+        found = candidates(loop.state, narrowest, plan=plan)
+        assert [(p.site, p.blueprint) for p in found[1].placements] == [
+            ("bypass:0->2", "widen"), ("bypass:2->4", "widen"),
+        ]  # fmt: skip
+        single = [c.placements[0] for c in found if len(c.placements) == 1]
+        return {p.site for p in single if p.blueprint == "widen"} - {"bypass:0->4"}
+
+    assert widened() == {"bypass:0->2"}
+    loop.body.germinate("bypass:0->2", "widen", 20)
+    assert widened() == {"bypass:2->4"}
+
+
+def test_costs_are_those_of_the_seeds_that_are_planted() -> None:
+    for family in FAMILIES:
+        body = body_of(family)
+        before = body.num_parameters
+        for candidate in grown(candidates(state_of(body)))[::3]:
+            seeds = [body.germinate(p.site, p.blueprint, p.size) for p in candidate.placements]
+            assert body.num_parameters == before + candidate.parameters
+            for seed in seeds:
+                body.cull(seed)
+        assert body.num_parameters == before
