@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,7 +128,8 @@ class TamiyoPolicy:
     def __init__(self, config: TamiyoPolicyConfig, network: TamiyoNetwork | None = None) -> None:
         self.config = config
         self.fallback = make_policy(config.fallback, **config.fallback_options)
-        self.network = network or load_network(shipped() if config.weights == _SHIPPED else config.weights)
+        # a network in hand may serve others too, with thresholds of their own: only the weights are shared
+        self.network = copy.copy(network) if network else _load(config.weights)
         self.network.config = dataclasses.replace(self.network.config, **config.thresholds)
         self.last: Judgement | None = None
         self._offers = CandidateConfig(**config.candidates)
@@ -205,6 +207,10 @@ class TamiyoPolicy:
             events = self.fallback.events
             if events.remaining and events.due(state.step, state.total_steps):
                 events.use()
+
+
+def _load(weights: str) -> TamiyoNetwork:
+    return load_network(shipped() if weights == _SHIPPED else weights)
 
 
 def _nothing(point: DecisionPoint) -> str:

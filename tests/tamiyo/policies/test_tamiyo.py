@@ -162,7 +162,8 @@ def test_thresholds_come_with_the_weights_unless_they_are_given(weights: str) ->
 def test_a_network_in_hand_needs_no_file() -> None:
     network = eager_network()
     made = TamiyoPolicy(TamiyoPolicyConfig(**BOLD), network)
-    assert made.network is network
+    assert network.config.adaptation_confidence_threshold == 0.75
+    assert all(a is b for a, b in zip(made.network.parameters(), network.parameters(), strict=True))
     assert Loop(made, probes={"decision_interval": 0.1}).run(8).decisions
 
 
