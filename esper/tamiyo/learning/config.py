@@ -146,12 +146,12 @@ class SupervisedConfig:
         weight_decay: Of AdamW.
         batch_size: Decision points a minibatch.
         max_epochs: Passes over the training rows at most.
-        patience: Epochs without a smaller validation regret before stopping.
+        patience: Epochs without a smaller loss on the validation rows before stopping.
         gradient_clip_norm: Largest norm of the whole gradient.
         huber_delta: Error in nats from which on the regression loss grows linearly.
         stderr_floor: Added in squares to every standard error, in nats: what a utility cannot be known better than.
         listwise_weight: Weight of the cross-entropy to softmax(utility / τ).
-        value_weight: Weight of the squared error of the value head against the soft policy's utility, in units of τ.
+        value_weight: Weight of the Huber loss of the value head against the soft policy's utility, in units of τ.
         risk_weight: Weight of the risk head's cross-entropy where harm was measured.
         urgency_weight: Weight of the Huber loss of the urgency head where the cost of waiting was measured.
         seed: Of shuffling and dropout.

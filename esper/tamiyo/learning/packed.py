@@ -64,7 +64,7 @@ class PackedGraph:
         return self.integers[start : start + self.sizes[5]].astype(bool)
 
     @property
-    def parts(self) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
+    def parts(self) -> dict[str, NDArray[Any]]:
         """Views of the fields, named and shaped as in :class:`CandidateGraph`."""
         n, f, e, d, g, c, h, m = self.sizes
         x, edge_attr, global_features, candidate_attr = _cut(self.floats, n * f, e * d, g, c * h)
