@@ -30,7 +30,7 @@ FACTS_VERSION = 1
 CandidateAction = Literal["wait", "grow", "cull", "recycle", "hold"]
 
 
-class Placement(msgspec.Struct, frozen=True, kw_only=True):
+class Placement(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One seed that a candidate would plant, or the place that it is about.
 
     Attributes:
@@ -58,7 +58,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     score_z: float | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One thing that could be done at a decision point.
 
     ``grow`` plants every placement at once (several for a uniform widening). ``recycle`` is about one layer,
@@ -86,7 +86,7 @@ WAIT = Candidate(action="wait")
 """Stands first among the candidates of every decision point."""
 
 
-class SeedFacts(msgspec.Struct, frozen=True, kw_only=True):
+class SeedFacts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A seed that is in the model; ``contribution`` is None before it was measured."""
 
     seed_id: str

@@ -229,7 +229,7 @@ def test_a_plan_follows_growth_and_other_options() -> None:
         assert [(p.site, p.blueprint) for p in found[1].placements] == [
             ("bypass:0->2", "widen"), ("bypass:2->4", "widen"),
         ]  # fmt: skip
-        single = [c.placements[0] for c in found if len(c.placements) == 1]
+        single = [c.placements[0] for c in found if c.action == "grow" and len(c.placements) == 1]
         return {p.site for p in single if p.blueprint == "widen"} - {"bypass:0->4"}
 
     assert widened() == {"bypass:0->2"}
