@@ -132,6 +132,32 @@ def test_resumed_in_the_middle_it_decides_as_if_nothing_had_happened(weights: st
     assert second.state_dict() == first.state_dict()
 
 
+def test_a_run_resumed_from_a_file_ends_as_one_that_was_not_interrupted(weights: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_adaptations_per_epoch": 1}
+    whole = loop(weights, 40, **options)
+    half = loop(weights, 20, **options)
+    state = {
+        "model": half.model.state_dict(),
+        "optimizer": half.optimizers[0].state_dict(),
+        "controller": half.controller.state_dict(),
+    }
+    torch.save(state, tmp_path / "run.pt")
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed = loop(weights, 0, **options)
+    resumed.model.load_state_dict(state["model"])
+    resumed.body.register(*resumed.optimizers)
+    resumed.optimizers[0].load_state_dict(state["optimizer"])
+    resumed.controller.load_state_dict(state["controller"])
+    resumed.step = half.step
+    resumed.run(20)
+    after = [record.decision for record in whole.decisions if record.step > 20]
+    assert [record.decision for record in resumed.decisions] == after
+    assert "germinate" in {decision.action for decision in after}
+    for name, value in whole.model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
 def test_what_learns_from_it_finds_the_last_point_and_verdict(weights: str) -> None:
     made = policy(weights)
     assert made.last is None
