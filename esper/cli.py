@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esper.errors import EsperError
+from esper.experiences_command import add_experiences
 
 __all__ = ["main", "print_error"]
 
@@ -101,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write a model of transformers as a larger one of its own class, for from_pretrained",
     )
+    add_experiences(
+        commands.add_parser("experiences", help="look into a store of decisions and outcomes, or export it")
+    )
     doctor = commands.add_parser(
         "doctor",
         help="tell what can grow in a model, what cannot and why, what conflicts, and what growth could cost",
@@ -176,8 +180,9 @@ def _dispatch(options: argparse.Namespace) -> int:
         from esper.report import report
 
         made = report(options.run, options.out)
-        if made.table is not None:
-            _print(made.table)
+        for table in (made.table, made.rewards):
+            if table is not None:
+                _print(table)
         print(made.figure)
     elif options.command == "watch":
         from esper.watch import watch
@@ -203,6 +208,10 @@ def _dispatch(options: argparse.Namespace) -> int:
                 pretrained=options.pretrained,
             )
         )
+    elif options.command == "experiences":
+        from esper.experiences_command import experiences
+
+        return experiences(options)
     elif options.command == "doctor":
         from esper.doctor import doctor
 

@@ -193,9 +193,10 @@ def _finished(folder: Path, digest: str) -> dict[str, ArmSummary]:
 def _show(folder: Path, console: Console) -> None:
     """Draw the figure and print the table and where the files are."""
     made = report(folder)
-    if made.table is not None:
-        console.print()
-        console.print(made.table)
+    for table in (made.table, made.rewards):
+        if table is not None:
+            console.print()
+            console.print(table)
     names = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     console.print(f"run folder: {_shown(folder)} ({names})", soft_wrap=True)
 

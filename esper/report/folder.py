@@ -6,6 +6,7 @@ Layout, with the names that ``esper train`` writes::
     RUN/growth.jsonl     events of the growing arm
     RUN/metrics.csv      its curves; controls name theirs in summary.json, e.g. controls/host/metrics.csv
     RUN/growth.png       drawn from the three above
+    RUN/experiences.sqlite  decisions and what came of them; the journal may name a store elsewhere
 
 A run that was killed has no summary; it is drawn from what it left.
 """
@@ -37,11 +38,15 @@ SUMMARY, JOURNAL, METRICS, FIGURE = "summary.json", "growth.jsonl", "metrics.csv
 
 @dataclass(frozen=True)
 class RunReport:
-    """What :func:`report` made; ``summary`` and ``table`` are None for a run that never ended."""
+    """What :func:`report` made; ``summary`` and ``table`` are None for a run that never ended.
+
+    ``rewards`` is None unless the run has kept experiences that tell something.
+    """
 
     figure: Path
     summary: RunSummary | None
     table: Table | None
+    rewards: Table | None = None
 
 
 def report(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> RunReport:
@@ -54,8 +59,10 @@ def report(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = No
     Raises:
         ConfigError: ``path`` is no run folder.
         MessageError: one of its files is damaged.
+        DataFormatError: the store of its experiences is.
     """
     from esper.report.figure import growth_figure
+    from esper.report.rewards import find_store, reward_table
     from esper.report.table import comparison_table
 
     folder = _require_run(path)
@@ -65,7 +72,8 @@ def report(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = No
     title = f"{summary.experiment}, seed {summary.seed}" if summary else f"{folder.name} (not finished)"
     figure = growth_figure(arms, events, Path(out) if out else folder / FIGURE, title=title)
     table = comparison_table(summary.arms, title=title) if summary else None
-    return RunReport(figure, summary, table)
+    store = find_store(folder, events)
+    return RunReport(figure, summary, table, None if store is None else reward_table(store))
 
 
 def run_curves(folder: Path, summary: RunSummary | None, events: Sequence[Event]) -> list[ArmCurves]:
