@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from esper.tamiyo.geometric import Batch
 from esper.tamiyo.graph.builder import ModelGraphBuilder
-from esper.tamiyo.graph.data import ModelGraphState
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.network.decision import Verdict
-from esper.tamiyo.network.judging import Reading, judge
 from esper.tamiyo.network.network import TamiyoNetwork
-from esper.tamiyo.network.uncertainty import measure_uncertainty
 from esper.tamiyo.network.weights import load_network, shipped
 from esper.tamiyo.service.deciders import Choice, RuleDecider
 
@@ -52,39 +46,9 @@ class NetworkDecider:
             MessageError: A candidate or a seed lies at a layer that the topology does not have.
         """
         states = [self._builder.build(point) for point in points]
-        readings = self._read(states)
-        return [
-            self._choice(point, judge(self.network.config, state, reading))
-            for point, state, reading in zip(points, states, readings, strict=True)
-        ]
-
-    @torch.no_grad()
-    def _read(self, states: Sequence[ModelGraphState]) -> list[Reading]:
-        """Rate all graphs in one pass; each is rated as if it were alone, up to rounding."""
-        graph = Batch.from_data_list([state.graph_data for state in states])
-        network = self.network
-        sizes = [len(state.candidates) for state in states]
-        if network.config.enable_uncertainty:
-            output, samples = network.sample(graph)
-            unsure = measure_uncertainty(samples, graph.candidate_mask, graph.candidate_batch, len(states))
-            spread, epistemic, aleatoric = unsure.spread, unsure.epistemic, unsure.aleatoric
-        else:
-            output = network(graph)
-            spread, epistemic = torch.zeros_like(output.logits), torch.zeros_like(output.value)
-            aleatoric = epistemic
-        return [
-            Reading(logits, risk, value, urgency, deviation, knows, undecided)
-            for logits, risk, deviation, value, urgency, knows, undecided in zip(
-                output.logits.split(sizes),
-                output.risk.split(sizes),
-                spread.split(sizes),
-                output.value.tolist(),
-                output.urgency.tolist(),
-                epistemic.tolist(),
-                aleatoric.tolist(),
-                strict=True,
-            )
-        ]
+        # how often a run may adapt is the gates' business
+        verdicts = self.network.decide_all(states, [0] * len(states))
+        return [self._choice(point, verdict) for point, verdict in zip(points, verdicts, strict=True)]
 
     def _choice(self, point: DecisionPoint, verdict: Verdict) -> Choice:
         said = verdict.decision

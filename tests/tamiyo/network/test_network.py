@@ -184,3 +184,14 @@ def test_sizes_of_the_config_shape_the_network() -> None:
     heads = [network(num_attention_heads=n)(random_graph()).logits for n in (2, 4)]
     assert not torch.equal(*heads)
     assert len(TamiyoNetwork(PolicyConfig()).layers) == 4
+
+
+@pytest.mark.parametrize("rate", ["attention_dropout", "feature_dropout", "head_dropout"])
+def test_each_dropout_makes_training_noisy_by_itself(rate: str) -> None:
+    silent = {"attention_dropout": 0.0, "feature_dropout": 0.0, "head_dropout": 0.0}
+    graph = random_graph()
+    quiet = network(**silent).train()
+    assert torch.equal(quiet(graph).logits, quiet.eval()(graph).logits)
+    noisy = network(**{**silent, rate: 0.5}).train()
+    torch.manual_seed(1)
+    assert not torch.equal(noisy(graph).logits, noisy.eval()(graph).logits)
