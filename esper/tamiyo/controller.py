@@ -23,6 +23,7 @@ from esper.tamiyo.evaluation import contribution, mean_loss
 from esper.tamiyo.gatekeeper import Gatekeeper
 from esper.tamiyo.host_run import HostRun
 from esper.tamiyo.ledger import Ledger
+from esper.tamiyo.open_requests import is_open, settle
 from esper.tamiyo.recorder import Recorder
 from esper.tamiyo.retraining import Retraining
 from esper.tamiyo.scorer import Scorer
@@ -145,7 +146,7 @@ class Controller:
         self.warden.inspect(step)
         self.gatekeeper.review(step)
         for decision in self._requests(step):
-            self._carry_out(decision, step, epoch)
+            self._carry_out(decision, step, epoch, asked_for=True)
         if step >= self._next_decision:
             self._next_decision = step + max(
                 1, round(self.config.probes.decision_interval * self._total_steps)
@@ -284,9 +285,13 @@ class Controller:
 
         return self.run.ranks.measure("the held-out loss", measure)[0]
 
-    def _carry_out(self, decision: Decision, step: int, epoch: int) -> None:
+    def _carry_out(self, decision: Decision, step: int, epoch: int, *, asked_for: bool = False) -> None:
         ranks = self.run.ranks
-        reason = "" if decision.action == "wait" else self._refusal(decision, step, epoch)
+        reason = ""
+        if asked_for and is_open(decision, self.body.topology):
+            decision, reason = self._settle(decision, step, epoch)
+        if not reason and decision.action != "wait":
+            reason = self._refusal(decision, step, epoch)
         if ranks.size > 1 and decision.action != "wait":  # books may differ, where batches do
             reason = ranks.first("what speaks against a decision", reason)
         seed_id = ""
@@ -300,6 +305,18 @@ class Controller:
         self.recorder.decision(decision, applied=applied, refused=reason, seed_id=seed_id)
         if self._late is not None:
             self._late.note(decision, refused=reason, seed_id=seed_id)
+
+    def _settle(self, decision: Decision, step: int, epoch: int) -> tuple[Decision, str]:
+        """Fill in what a request leaves open, on rank 0 for all; returns it with why that cannot be done."""
+        reason = ""
+        try:
+            decision = settle(decision, self._state(step, epoch))
+        except EsperError as error:
+            reason = str(error)
+        if self.run.ranks.size > 1:
+            found = self.run.ranks.first("an open request", [msgspec.to_builtins(decision), reason])
+            decision, reason = msgspec.convert(found[0], Decision), str(found[1])
+        return decision, reason
 
     def _refusal(self, decision: Decision, step: int, epoch: int) -> str:
         return self.run.ranks.closed or refusal(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.tamiyo.service.config import ServiceConfig
-from esper.tamiyo.service.server import TamiyoService
+from esper.tamiyo.service.server import DecisionServer
 
 QUICK: dict[str, Any] = {
     "address": "tcp://127.0.0.1:*", "http_address": "", "cycle_ms": 0.0, "cooldown_s": 0.0, "heartbeat_s": 0.2,
@@ -27,11 +27,11 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 10.0) 
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[TamiyoService]:
+def serving(folder: Path, **settings: Any) -> Iterator[DecisionServer]:
     """A service in a thread of this process."""
     decider = settings.pop("chooser", None)
     config = ServiceConfig(**(QUICK | {"store": str(folder / "x.db")} | settings))
-    service = TamiyoService(config, decider=decider)
+    service = DecisionServer(config, decider=decider)
     thread = threading.Thread(target=service.run)
     thread.start()
     try:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from esper.tamiyo.service.config import load_config
-from esper.tamiyo.service.server import TamiyoService
+from esper.tamiyo.service.server import DecisionServer
 
 __all__ = ["serve"]
 
@@ -25,7 +25,7 @@ def serve(source: str = "default", settings: Sequence[str] = ()) -> int:
         ConfigError: A setting is wrong, or an address cannot be bound.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    service = TamiyoService(load_config(source, settings))
+    service = DecisionServer(load_config(source, settings))
     with service.until_signal():
         pages = f", {service.web.url}/metrics" if service.web is not None else ""
         print(

@@ -24,7 +24,7 @@ from esper.tamiyo.service.protocol import Reply, write
 from esper.tamiyo.service.stats import ServiceStats
 from esper.tamiyo.service.web import Web
 
-__all__ = ["TamiyoService"]
+__all__ = ["DecisionServer"]
 
 _LOG = logging.getLogger("esper.tamiyo.service")
 _READ_AT_ONCE = 256
@@ -36,7 +36,7 @@ _HARD_LIMIT_FACTOR = 4
 """ZeroMQ itself hangs up on a peer that sends more than so many times the limit."""
 
 
-class TamiyoService:
+class DecisionServer:
     """Tamiyo behind a socket, for many training runs at once.
 
     The socket is bound when the service is made or entered, so that runs may connect before :meth:`run` begins;
@@ -214,4 +214,4 @@ class TamiyoService:
         self.close()
 
     def __repr__(self) -> str:
-        return f"TamiyoService({self.address}, {self.desk.decider.name}, {len(self.desk.runs)} runs)"
+        return f"DecisionServer({self.address}, {self.desk.decider.name}, {len(self.desk.runs)} runs)"

@@ -21,7 +21,7 @@ from esper.tamiyo.experience.store import ExperienceStore
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.service.deciders import Choice
-from esper.tamiyo.service.server import TamiyoService
+from esper.tamiyo.service.server import DecisionServer
 
 NOWHERE = "tcp://127.0.0.1:9"
 
@@ -56,7 +56,7 @@ def run_until(loop: Loop, condition: Callable[[], Any], what: str, *, seconds: f
     return found
 
 
-def remote_loop(service: TamiyoService | str, **options: Any) -> Loop:
+def remote_loop(service: DecisionServer | str, **options: Any) -> Loop:
     address = service if isinstance(service, str) else service.address
     chosen = {"address": address, "candidates": {"scored": False}, "max_age": 1.0, **options}
     return Loop(

@@ -24,7 +24,7 @@ from esper.tamiyo.experience.store import ExperienceStore
 from esper.tamiyo.service.client import ServiceClient
 from esper.tamiyo.service.config import ServiceConfig
 from esper.tamiyo.service.protocol import Answer, Hello, Refusal, read_reply, topology_hash, write
-from esper.tamiyo.service.server import TamiyoService
+from esper.tamiyo.service.server import DecisionServer
 
 
 def decide(client: ServiceClient, step: int, *, run: str = "run", **point: Any) -> Answer | Refusal:
@@ -122,7 +122,7 @@ def test_stopping_answers_what_is_queued(tmp_path: Path) -> None:
 
 def test_an_address_in_use_is_said(tmp_path: Path) -> None:
     with serving(tmp_path) as service, pytest.raises(ConfigError, match="Address already in use"):
-        TamiyoService(
+        DecisionServer(
             ServiceConfig(**(QUICK | {"address": service.address, "store": str(tmp_path / "y.db")}))
         )
 
