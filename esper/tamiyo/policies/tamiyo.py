@@ -156,7 +156,7 @@ class TamiyoPolicy:
         self._adaptations += counts(chosen)
         if chosen.action == "grow":
             self._use_event(state)
-        return decisions(
+        answer = decisions(
             chosen,
             policy=self.name,
             reason=said.reason,
@@ -165,6 +165,8 @@ class TamiyoPolicy:
             risk=said.risk,
             numbers=said.numbers,
         )
+        self._history.note_decisions(answer, state.step)
+        return answer
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
