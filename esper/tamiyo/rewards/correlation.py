@@ -16,6 +16,8 @@ from esper.tamiyo.rewards.reward import Reward
 __all__ = ["ComponentCorrelation", "correlations", "spearman"]
 
 _Array = NDArray[np.float64]
+_FEWEST = 3
+"""Things to resample; fewer tell nothing of a spread."""
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,33 @@ def correlations(
     rows = [(run, r) for run, r in rewards if last in r.horizons and r.provenance != "itself"]
     runs = [run for run, _ in rows]
     final = np.array([r.horizons[last].utility for _, r in rows])
+    names = (*COMPONENTS, "total")
     found = []
     for horizon in HORIZONS:
         kept = [i for i, (_, r) in enumerate(rows) if horizon in r.horizons]
         groups = [runs[i] for i in kept]
-        for name in (*COMPONENTS, "total"):
-            values = np.array([_value(rows[i][1], horizon, name) for i in kept])
-            rho = spearman(values, final[kept])
-            low, high = _bootstrap(values, final[kept], groups, level, num_resamples, seed)
-            found.append(
-                ComponentCorrelation(
-                    name, horizon, rho, low if rho is not None else None, high if rho is not None else None,
-                    len(kept), len(set(groups)),
-                )
-            )  # fmt: skip
+        values = np.array([[_value(rows[i][1], horizon, name) for i in kept] for name in names])
+        bounds = _bootstrap(values, final[kept], groups, level, num_resamples, seed)
+        for name, x, (low, high) in zip(names, values, bounds, strict=True):
+            rho = spearman(x, final[kept])
+            bounded = (None, None) if rho is None else (low, high)
+            found.append(ComponentCorrelation(name, horizon, rho, *bounded, len(kept), len(set(groups))))
     return found
 
 
 def spearman(x: _Array, y: _Array) -> float | None:
     """Rank correlation of ``x`` [N] and ``y`` [N], ties by their mean rank; None where it is not defined."""
-    if len(x) < 2:
-        return None
-    a, b = rankdata(x), rankdata(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float(a @ a) * float(b @ b))
-    return None if norm == 0 else max(-1.0, min(1.0, float(a @ b) / norm))
+    rho = _spearman(x[None], y)[0] if len(x) > 1 else math.nan
+    return None if math.isnan(rho) else float(rho)
+
+
+def _spearman(x: _Array, y: _Array) -> _Array:
+    """The same for each row of ``x`` [K, N]: [K], NaN where it is not defined."""
+    a, b = rankdata(x, axis=1), rankdata(y)
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean()
+    norm = np.sqrt((a * a).sum(axis=1) * (b @ b))
+    rho = np.divide(a @ b, norm, out=np.full(len(x), np.nan), where=norm > 0)
+    return np.clip(rho, -1.0, 1.0)
 
 
 def _value(reward: Reward, horizon: Horizon, name: str) -> float:
@@ -94,21 +98,25 @@ def _value(reward: Reward, horizon: Horizon, name: str) -> float:
 
 def _bootstrap(
     x: _Array, y: _Array, groups: Sequence[str], level: float, num_resamples: int, seed: int
-) -> tuple[float | None, float | None]:
+) -> list[tuple[float | None, float | None]]:
+    """Percentile intervals for each row of ``x`` [K, N] against ``y`` [N]; the rows share their resamples."""
+    nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(x)
     labels = sorted(set(groups))
     members = [np.flatnonzero(np.array(groups) == label) for label in labels]
     if len(members) == 1:
-        members = [np.array([i]) for i in range(len(x))]
-    if len(members) < 3:
-        return None, None
+        members = [np.array([i]) for i in range(len(y))]
+    if len(members) < _FEWEST:
+        return nothing
     generator = np.random.default_rng(seed)
-    rhos = []
-    for _ in range(num_resamples):
+    rhos = np.empty((num_resamples, len(x)))
+    for row in rhos:
         drawn = np.concatenate([members[i] for i in generator.integers(len(members), size=len(members))])
-        rho = spearman(x[drawn], y[drawn])
-        if rho is not None:
-            rhos.append(rho)
-    if not rhos:
+        row[:] = _spearman(x[:, drawn], y[drawn])
+    return [_interval(column[~np.isnan(column)], level) for column in rhos.T]
+
+
+def _interval(rhos: _Array, level: float) -> tuple[float | None, float | None]:
+    if not len(rhos):
         return None, None
     low, high = np.quantile(rhos, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

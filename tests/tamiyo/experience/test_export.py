@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from experience_samples import decision, outcome
 
 from esper.cli import main
+from esper.errors import MissingExtraError
 from esper.messages import RunRecord
 from esper.report.journal import Journal
 from esper.report.rewards import find_store, reward_table
@@ -75,22 +75,10 @@ def test_one_policy_alone_and_an_empty_store(path, tmp_path):
     assert pq.read_table(tmp_path / "b.parquet").num_rows == 0
 
 
-def test_without_pyarrow_the_extra_is_named(path, tmp_path):
-    code = (
-        "import sys; sys.modules['pyarrow'] = None\n"
-        "from esper.tamiyo.experience.store import ExperienceStore\n"
-        "from esper.tamiyo.experience.export import export_parquet\n"
-        "from esper.errors import MissingExtraError\n"
-        "try:\n    export_parquet(ExperienceStore(sys.argv[1]), sys.argv[2])\n"
-        "except MissingExtraError as error:\n    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "esper[learn]" in done.stdout
+def test_without_pyarrow_the_extra_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with ExperienceStore(path) as store, pytest.raises(MissingExtraError, match=r"esper\[learn\]"):
+        export_parquet(store, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

@@ -198,14 +198,14 @@ def writer(path: Path, run: str, count: int) -> subprocess.Popen[str]:
 
 
 def test_two_processes_write_at_once_to_a_store_that_neither_has_made(path):
-    processes = [writer(path, run, 60) for run in ("a", "b")]
+    processes = [writer(path, run, 40) for run in ("a", "b")]
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
     with ExperienceStore(path, readonly=True) as store:
         store.check()
         for run in ("a", "b"):
-            assert [e.decision.point.run.step for e in store.iterate(run_id=run)] == list(range(60))
+            assert [e.decision.point.run.step for e in store.iterate(run_id=run)] == list(range(40))
 
 
 def test_everything_acknowledged_survives_a_kill(path):
