@@ -20,6 +20,7 @@ __all__ = ["KeyTable", "Keys", "Series", "TooManySeriesError"]
 _MAX_CACHED = 256
 _MAX_CACHED_LENGTH = 4096
 _FIRST_SIZE = 1024
+_GIVEN_UP = 64  # of so many keys one at a time: looking for them takes as long as giving out a thousand
 
 
 class Series(NamedTuple):
@@ -44,7 +45,7 @@ class TooManySeriesError(EsperError, RuntimeError):
 class KeyTable:
     """Gives every series a number in ``[0, max_keys)``.
 
-    When all are taken, those heard of least recently are given up, a quarter of the table at a time; never
+    When all are taken, those heard of least recently are given up, some at a time; never
     one that a holder still refers to.
 
     Args:
@@ -103,7 +104,7 @@ class KeyTable:
             known = Keys(np.array(keys, dtype=np.int64), len(set(keys)) == len(keys))
             if len(keys) <= _MAX_CACHED_LENGTH:
                 if len(self._cache) >= _MAX_CACHED:
-                    self._cache.clear()
+                    del self._cache[next(iter(self._cache))]
                 self._cache[name] = known
         self._last_seen[known.keys] = self._now
         return known
@@ -166,7 +167,7 @@ class KeyTable:
                 "raise max_keys, or have fewer runs share a collector"
             )
         oldest = candidates[np.argsort(last_seen[candidates], kind="stable")]
-        chosen = oldest[: max(1, self.max_keys // 4)]
+        chosen = oldest[: max(1, self.max_keys // _GIVEN_UP)]
         for key in chosen.tolist():
             run_id, *owner = self.named(key)
             of_run = self._runs[run_id]

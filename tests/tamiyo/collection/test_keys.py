@@ -32,19 +32,19 @@ def test_a_table_says_whether_a_series_comes_twice() -> None:
 
 
 def test_the_least_recent_that_nobody_holds_are_given_up() -> None:
-    keys = KeyTable(8)
+    keys = KeyTable(128)
     forgotten: list[int] = []
     keys.hold(lambda: np.array([0]))
     keys.follow(lambda given_up: forgotten.extend(given_up.tolist()))
-    for index in range(8):
+    for index in range(128):
         keys.of("run", f"layer{index}")
-    keys.of("run", "layer1")  # now layer2 and layer3 are the oldest, a quarter of the table
+    keys.of("run", "layer1")  # now layer2 and layer3 are the oldest that nobody holds
     new = keys.of("run", "new")
     assert forgotten == [2, 3]
     assert new in (2, 3)
     assert keys.named(0).layer_id == "layer0"
     assert ("layer2", "") not in keys.of_run("run")
-    assert len(keys) == 7
+    assert len(keys) == 127
 
 
 def test_a_run_that_lost_its_last_key_is_gone() -> None:
