@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from esper.errors import EsperError
+from esper.errors import ConfigError, EsperError
 from esper.messages import Decision, DecisionRecord, Event, GovernorRecord, RunRecord, TransitionRecord
 from esper.tamiyo.experience.matching import match
 from esper.tamiyo.experience.records import DecisionFacts, Incident, Observation
@@ -26,6 +26,7 @@ from esper.tamiyo.graph.history import History
 from esper.tamiyo.graph.point import decision_point
 from esper.tamiyo.rewards import RewardComputer, RewardConfig
 from esper.tamiyo.rewards.config import HORIZONS
+from esper.tamiyo.state import LatePolicy
 
 if TYPE_CHECKING:
     from esper.tamiyo.graph.facts import DecisionPoint
@@ -150,9 +151,17 @@ class RecordingPolicy:
     Args:
         policy: Decides.
         recorder: Writes it down.
+
+    Raises:
+        ConfigError: The policy asks a service, which knows what was decided and keeps it.
     """
 
     def __init__(self, policy: Policy, recorder: ExperienceRecorder) -> None:
+        if isinstance(policy, LatePolicy):
+            raise ConfigError(
+                f"expected experience=None with policy {policy.name!r}, got the store {recorder.store.path}: a service "
+                "decides, and keeps the experiences (its setting store)"
+            )
         self.policy = policy
         self.recorder = recorder
         self.name = policy.name

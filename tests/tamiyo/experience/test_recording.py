@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from loop import RANK, WIDE, Loop
 
-from esper.errors import StoreError
+from esper.errors import ConfigError, StoreError
 from esper.messages import Decision, GovernorRecord
 from esper.tamiyo.experience import ExperienceStore
 from esper.tamiyo.experience.recording import ExperienceRecorder, RecordingPolicy
@@ -242,3 +242,18 @@ def test_a_store_that_fails_is_told_of_once_and_the_run_goes_on(path, caplog):
     assert told[0].exc_info[0] is StoreError
     with ExperienceStore(path) as store:
         assert len(store) == 5
+
+
+def test_a_policy_that_asks_a_service_is_not_recorded_here(path):
+    class Late(Scripted):
+        expecting = answered = False
+
+        def collect(self, step: int) -> list[Decision]:
+            return []
+
+        def note(self, decision: Decision, *, refused: str, seed_id: str) -> None: ...
+
+        def close(self) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"expected experience=None .* a service decides"):
+        RecordingPolicy(Late(), ExperienceRecorder(path, "run"))
