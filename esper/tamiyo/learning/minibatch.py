@@ -56,17 +56,34 @@ class Minibatch:
 
 
 def fresh_experiences(
-    trajectories: Sequence[Trajectory], *, gamma: float, gae_lambda: float, born: int
+    trajectories: Sequence[Trajectory],
+    *,
+    critic: nn.Module,
+    gamma: float,
+    gae_lambda: float,
+    born: int,
+    device: torch.device,
 ) -> list[Fresh]:
-    """Advantages and λ-returns of whole trajectories, in order."""
+    """Advantages and λ-returns of whole trajectories, in order.
+
+    Args:
+        trajectories: Those whose policy ran without a critic have no values.
+        critic: Gives those their values; it reads all of their states at once.
+        gamma: Discount a decision.
+        gae_lambda: λ.
+        born: Optimizer steps so far.
+        device: Where the critic is.
+    """
     found = []
     for trajectory in trajectories:
+        values = trajectory.values
+        unknown = np.flatnonzero(np.isnan(values)).tolist()
+        if unknown:
+            with torch.no_grad():
+                graphs = batch([trajectory.steps[i].graph for i in unknown]).to(device)
+                values[unknown] = critic(graphs).value.double().cpu().numpy()
         advantages, returns = gae(
-            trajectory.rewards,
-            trajectory.values,
-            trajectory.final_value,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
+            trajectory.rewards, values, trajectory.final_value, gamma=gamma, gae_lambda=gae_lambda
         )
         found += [
             Fresh(Experience(step, target=float(target), born=born), float(advantage))

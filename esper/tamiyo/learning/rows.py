@@ -14,7 +14,7 @@ from esper.errors import DataFormatError
 from esper.tamiyo.graph.data import CandidateGraph
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.learning.packed import PackedGraph
-from esper.tamiyo.oracle.records import StateRecord, utilities
+from esper.tamiyo.oracle.records import Outcome, StateRecord, utilities
 
 __all__ = ["ValueRow", "oracle_rows"]
 
@@ -85,7 +85,7 @@ def oracle_rows(
     """
     rows = []
     for record in records:
-        lost = record.array(lambda o: math.inf if o.error else float(o.culled + o.rolled_back))
+        lost = record.array(_lost)
         harm = np.where(np.isnan(lost), np.nan, lost > lost[:1]).mean(axis=1)
         harm[0] = math.nan
         for price in prices:
@@ -103,6 +103,13 @@ def oracle_rows(
                 )
             )
     return rows
+
+
+def _lost(outcome: Outcome) -> float:
+    """Seeds lost and snapshots gone back to in a whole run; inf of one that failed."""
+    if outcome.error or not math.isfinite(outcome.held_out_loss):
+        return math.inf
+    return float(outcome.culled + outcome.rolled_back)
 
 
 def difference_stderr(table: Floats) -> float:

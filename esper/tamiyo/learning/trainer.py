@@ -121,7 +121,12 @@ class PolicyTrainer:
         if not trajectories:
             raise DataFormatError("expected at least one trajectory to learn from, got none")
         fresh = fresh_experiences(
-            trajectories, gamma=config.gamma, gae_lambda=config.gae_lambda, born=self.num_steps
+            trajectories,
+            critic=self.policy,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            born=self.num_steps,
+            device=self.device,
         )
         replays = round(config.batch_size * config.replay_fraction) if self.replay_buffer.can_sample else 0
         share = max(1, config.batch_size - replays)

@@ -25,7 +25,7 @@ class Transition:
         action: Chosen candidate, a row of the graph's candidates.
         logprob: Of ``action`` under the policy that chose it, at most 0.
         reward: That followed.
-        value: V(s) of the critic that ran beside that policy; NaN when none did.
+        value: V(s) of the critic that ran beside that policy; NaN when none did, then the trainer's says it.
         urgency: Measured cost of waiting here instead of acting, in nats; NaN when it was not measured.
         risk: Whether the candidate did harm (was culled or rolled back): 0 or 1, NaN when that is not known.
     """
@@ -72,7 +72,7 @@ class Trajectory:
     """Decisions of one episode in order.
 
     Attributes:
-        steps: At least one, each with its ``value``.
+        steps: At least one.
         terminated: The episode ended by itself, so nothing follows.
         final_value: V of the state after the last step where the episode was cut off instead (truncated).
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from graph_toys import (
+from learning_toys import (
     EARLY,
     LATE,
     bandit,

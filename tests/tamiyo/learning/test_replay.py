@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from graph_toys import Choice, graph
+from learning_toys import Choice, graph
 from torchrl.data import ListStorage, PrioritizedSampler
 from torchrl.data.replay_buffers.samplers import prioritized
 

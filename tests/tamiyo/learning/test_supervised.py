@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graph_toys import bandit, graph, network
+from learning_toys import bandit, graph, network
 from lightning.pytorch.loggers import CSVLogger
 
 from esper.errors import ConfigError, DataFormatError, LearningError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graph_toys import Choice, ToyNetwork, bandit_rollout, choose, graph, network, timing_rollout
+from learning_toys import Choice, ToyNetwork, bandit_rollout, choose, graph, network, timing_rollout
 from lightning.pytorch.loggers import CSVLogger
 
 from esper.errors import CheckpointError, ConfigError, DataFormatError, LearningError
@@ -279,7 +279,7 @@ def test_what_cannot_be_learned_from_is_refused():
     with pytest.raises(DataFormatError, match="at least one trajectory"):
         trainer.update([])
     with pytest.raises(DataFormatError, match="NaN or inf at decision 0 of 1"):
-        trainer.update([Trajectory([Transition.of(graph([0.5, 1.0]), 1, -1.0, 1.0)])])  # without a value
+        trainer.update([Trajectory([Transition.of(graph([0.5, 1.0]), 1, -1.0, 1.0, value=math.inf)])])
     with pytest.raises(DataFormatError, match="none is complete"):
         trainer.train_on_replay(1)
     with pytest.raises(DataFormatError, match="at least one step"):
@@ -398,3 +398,15 @@ def test_the_network_never_trains_in_the_mode_it_is_not_used_in():
     metrics = trainer.update(episodes(0, policy))
     assert not policy.training
     assert metrics["loss/uncertainty"] > 0
+
+
+def test_decisions_made_without_a_critic_get_the_values_of_ours():
+    policy = network(7)
+    valued = episodes(0, policy)
+    bare = [
+        dataclasses.replace(t, steps=[dataclasses.replace(s, value=math.nan) for s in t.steps])
+        for t in valued
+    ]
+    one, two = (PolicyTrainer(network(7), config()) for _ in range(2))
+    assert one.update(valued)["advantage/mean"] == pytest.approx(two.update(bare)["advantage/mean"], abs=1e-6)
+    torch.testing.assert_close(torch.tensor(fingerprint_weights(one)), torch.tensor(fingerprint_weights(two)))
