@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from oracle_states import make_point
+from oracle_states import chain, make_point
 
 from esper.messages import Stage
 from esper.tamiyo.graph.facts import WAIT, DecisionPoint, SeedFacts
@@ -75,3 +75,27 @@ def test_every_rule_waits_where_nothing_is_offered() -> None:
     )
     for variants in RULES.values():
         assert {rule.choose(point) for rule in variants} == {0}
+
+
+def test_without_scores_expressivity_goes_by_shape() -> None:
+    point = make_point()
+    bare = tuple(
+        msgspec.structs.replace(
+            candidate,
+            placements=tuple(
+                msgspec.structs.replace(p, score=None, score_excess=None, score_z=None)
+                for p in candidate.placements
+            ),
+        )
+        for candidate in point.candidates
+    )
+    rule = "size=large, least_share=0.025"
+    unscored = msgspec.structs.replace(point, candidates=bare)
+    assert choice(unscored, "expressivity", rule) == 5  # 6 units between 64 and 24 are a neck: lead around it
+    no_way = msgspec.structs.replace(unscored, candidates=bare[:5])
+    assert choice(no_way, "expressivity", rule) == 2  # or widen it
+    wide = chain((64, 48, 24, 10))
+    assert choice(msgspec.structs.replace(no_way, topology=wide), "expressivity", rule) == 0
+    scored = msgspec.structs.replace(point, candidates=point.candidates[:5])
+    assert choice(scored, "expressivity", rule) == 0  # .4 of 24 directions
+    assert choice(scored, "expressivity", "size=large, least_share=0.0") == 2
