@@ -14,6 +14,7 @@ from esper.errors import DataFormatError
 from esper.tamiyo.graph.data import CandidateGraph
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.learning.packed import PackedGraph
+from esper.tamiyo.oracle.analysis import difference_stderr
 from esper.tamiyo.oracle.records import Outcome, StateRecord, utilities
 
 __all__ = ["ValueRow", "oracle_rows"]
@@ -110,17 +111,3 @@ def _lost(outcome: Outcome) -> float:
     if outcome.error or not math.isfinite(outcome.held_out_loss):
         return math.inf
     return float(outcome.culled + outcome.rolled_back)
-
-
-def difference_stderr(table: Floats) -> float:
-    """Standard error of the difference between two candidates' mean utilities, sqrt(2 s² / R).
-
-    s² is the mean square of what is left of U [C, R] without its row and column means: repeats are shared by all
-    candidates, so what a repeat does to all of them alike is no noise. 0 with one repeat or one candidate.
-    """
-    tried = table[~np.isnan(table).any(axis=1)]
-    rows, repeats = tried.shape
-    if rows < 2 or repeats < 2:
-        return 0.0
-    rest = tried - tried.mean(axis=1, keepdims=True) - tried.mean(axis=0, keepdims=True) + tried.mean()
-    return float(np.sqrt(2.0 * (rest**2).sum() / ((rows - 1) * (repeats - 1)) / repeats))

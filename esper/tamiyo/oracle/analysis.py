@@ -27,6 +27,7 @@ __all__ = [
     "PRICES",
     "Judgement",
     "best_rule",
+    "difference_stderr",
     "half_splits",
     "judge",
     "judge_oracle",
@@ -114,10 +115,10 @@ def _judged(
         )
         if len(picked) == 1:
             own = float(_mean(table)[picked[0]])
-            hits = [_hit(table, picked[0], noise) for noise in (_stderr(table), 0.0)]
+            hits = [_hit(table, picked[0], noise) for noise in (difference_stderr(table), 0.0)]
         else:  # an oracle: each choice is scored where it was not made
             scores = [table[:, list(score)] for _, score in halves]
-            noise = _stderr(table) * (record.num_repeats / scores[0].shape[1]) ** 0.5
+            noise = difference_stderr(table) * (record.num_repeats / scores[0].shape[1]) ** 0.5
             own = oracle
             hits = [
                 statistics.fmean(
@@ -272,7 +273,7 @@ def _hit(table: Values, index: int, noise: float) -> float:
     return float(means[index] >= best - max(WITHIN * best, noise))
 
 
-def _stderr(table: Values) -> float:
+def difference_stderr(table: Values) -> float:
     """Standard error of the difference between two candidates' mean utilities, sqrt(2 s² / R).
 
     s² is the mean square of what is left of U [C, R] without its row and column means: repeats are shared by all

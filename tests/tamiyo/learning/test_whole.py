@@ -16,12 +16,13 @@ from esper.tamiyo.graph.builder import ModelGraphBuilder
 from esper.tamiyo.learning import checkpoint
 from esper.tamiyo.learning.config import SupervisedConfig, TrainingConfig
 from esper.tamiyo.learning.packed import PackedGraph
-from esper.tamiyo.learning.rows import ValueRow, difference_stderr, oracle_rows
+from esper.tamiyo.learning.rows import ValueRow, oracle_rows
 from esper.tamiyo.learning.supervised import fit, predict
 from esper.tamiyo.learning.trainer import PolicyTrainer
 from esper.tamiyo.learning.trajectory import Trajectory, Transition
 from esper.tamiyo.network.decision import AdaptationDecision
 from esper.tamiyo.network.network import TamiyoNetwork
+from esper.tamiyo.oracle.analysis import difference_stderr
 
 
 def tamiyo_network(seed: int = 0) -> TamiyoNetwork:
