@@ -30,8 +30,8 @@ class PolicyConfig:
         num_gnn_layers: Attention layers, and as many convolutions beside them.
         num_attention_heads: Of each attention layer; they divide ``hidden_dim``.
         attention_dropout: Share of attention weights dropped in training.
-        enable_uncertainty: Sample the network with dropout at each decision. Without, nothing is known of its
-            uncertainty: no threshold on it applies, and odds are taken as they are.
+        enable_uncertainty: Sample the network with dropout at each decision, and ask how novel the state is.
+            Without, no threshold on either applies, and odds are taken as they are.
         uncertainty_samples: Passes with dropout.
         epistemic_weight: Standard deviations over those passes that are taken off each candidate's log-odds
             against WAIT before the best one is chosen (a lower confidence bound).
@@ -47,6 +47,8 @@ class PolicyConfig:
         candidate_feature_dim: Features of a candidate.
         feature_dropout: Share of channels dropped in encoders and graph layers.
         head_dropout: Share of channels dropped in the heads.
+        novelty_threshold: Novelty in [0, 1) above which the network abstains too (:mod:`esper.tamiyo.network.novelty`):
+            0.1 is 11 % further from the training states than 95 % of the validation states are.
         num_sampled_layers: Last graph layers whose dropout is sampled for the uncertainty; if all, the encoder's
             is too. The heads' always is. Each layer beyond the first costs ``uncertainty_samples`` passes
             through one layer: at 1,000 layers that is most of the time of a decision.
@@ -70,6 +72,7 @@ class PolicyConfig:
     candidate_feature_dim: int = 46
     feature_dropout: float = 0.1
     head_dropout: float = 0.2
+    novelty_threshold: float = 0.1
     num_sampled_layers: int = 1
 
     def __post_init__(self) -> None:
@@ -89,6 +92,7 @@ class PolicyConfig:
             "health_threshold",
             "adaptation_confidence_threshold",
             "uncertainty_threshold",
+            "novelty_threshold",
             "safety_margin",
         )
         wrong = [f"{n} should be a whole number of at least 1" for n in sizes if not _whole(self, n, 1)]

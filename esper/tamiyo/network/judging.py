@@ -30,6 +30,7 @@ class Reading:
         spread: Standard deviation of each candidate's log-odds against WAIT [C]; 0 where it was not sampled.
         epistemic: In [0, 1].
         aleatoric: In [0, 1].
+        novelty: In [0, 1).
     """
 
     logits: Tensor
@@ -39,12 +40,13 @@ class Reading:
     spread: Tensor
     epistemic: float = 0.0
     aleatoric: float = 0.0
+    novelty: float = 0.0
 
     @property
     def finite(self) -> bool:
         """Whether there is a number wherever one should be."""
         tensors = (self.logits, self.risk, self.spread)
-        numbers = (self.value, self.urgency, self.epistemic, self.aleatoric)
+        numbers = (self.value, self.urgency, self.epistemic, self.aleatoric, self.novelty)
         return all(bool(t.isfinite().all()) for t in tensors) and all(map(math.isfinite, numbers))
 
 
@@ -76,9 +78,7 @@ def judge(
     beats = float(odds[rival].double().sigmoid())
     needed = confidence_needed(config, _health(state, candidates[best]))
     risk = float(reading.risk[best])
-    outcome, reason = _outcome(
-        config, candidates[best], reading.epistemic, risk, beats, needed, adaptations_this_epoch
-    )
+    outcome, reason = _outcome(config, candidates[best], reading, risk, beats, needed, adaptations_this_epoch)
     if outcome == "wait":
         reason = (
             f"waiting is preferred: {describe(candidates[rival])} would beat it with probability {beats:.2f}"
@@ -94,6 +94,7 @@ def judge(
         **fields,
         "confidence_needed": needed,
         "aleatoric": reading.aleatoric,
+        "novelty": reading.novelty,
         **_likeliest(state, reading),
     }
     decision = AdaptationDecision(
@@ -124,19 +125,15 @@ def confidence_needed(config: PolicyConfig, health: float | None) -> float:
 def _outcome(
     config: PolicyConfig,
     best: Candidate,
-    epistemic: float,
+    reading: Reading,
     risk: float,
     confidence: float,
     needed: float,
     adaptations: int,
 ) -> tuple[Outcome, str]:
     name, safe, most = describe(best), 1 - config.safety_margin, config.max_adaptations_per_epoch
-    if config.enable_uncertainty and epistemic > config.uncertainty_threshold:
-        above = f"{epistemic:.2f}, is above {config.uncertainty_threshold:.2f}"
-        return (
-            "abstain",
-            f"uncertainty about this state, {above}: the network's samples contradict one another",
-        )
+    if unknown := _unknown(config, reading):
+        return "abstain", unknown
     if best.action == "wait":
         return "wait", ""
     if risk > safe:
@@ -148,6 +145,19 @@ def _outcome(
     if counts(best) and adaptations >= most:
         return "spent", f"{name} is preferred, but this epoch has had its {most} adaptations"
     return "adapt", f"{name} beats waiting with probability {confidence:.2f}, at least {needed:.2f}"
+
+
+def _unknown(config: PolicyConfig, reading: Reading) -> str:
+    """Why the network does not know this state; empty if it does, or was not asked."""
+    if not config.enable_uncertainty:
+        return ""
+    if reading.epistemic > config.uncertainty_threshold:
+        above = f"{reading.epistemic:.2f}, is above {config.uncertainty_threshold:.2f}"
+        return f"uncertainty about this state, {above}: the network's samples contradict one another"
+    if reading.novelty > config.novelty_threshold:
+        above = f"{reading.novelty:.2f}, is above {config.novelty_threshold:.2f}"
+        return f"novelty of this state, {above}: the network was trained on others"
+    return ""
 
 
 def _unheard(reason: str, outcome: Outcome = "abstain") -> Verdict:

@@ -31,6 +31,7 @@ from esper.tamiyo.network.layers import (
     mlp,
     pool,
 )
+from esper.tamiyo.network.novelty import Novelty
 from esper.tamiyo.network.uncertainty import measure_uncertainty
 
 __all__ = ["NodeEncoder", "PolicyOutput", "TamiyoNetwork"]
@@ -86,6 +87,9 @@ class TamiyoNetwork(nn.Module):
 
     Args:
         config: Sizes and thresholds.
+
+    Attributes:
+        novelty: Knows where the training states lay, once it was fitted.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -112,6 +116,7 @@ class TamiyoNetwork(nn.Module):
         self.logit_head = PairMLP(hidden, 1)
         self.risk_head = PairMLP(hidden, 1)
         self.graph_head = mlp(3 * hidden, hidden, 2)
+        self.novelty = Novelty(config)
 
     def forward(self, graph: CandidateGraph) -> PolicyOutput:
         """Rate the candidates of a graph or of a batch of graphs.
@@ -219,12 +224,13 @@ class TamiyoNetwork(nn.Module):
             epistemic, aleatoric, spread = measure_uncertainty(
                 samples, graph.candidate_mask, batch, num_graphs
             )
+            novelty = self.novelty(graph)
         else:
             flow, rows = self._flow(graph)
             h = self._through(graph.x, flow, rows, None, 0, len(self.layers) + 1)
             output = self._heads(graph, h, rows, None)
             spread = torch.zeros_like(output.logits)
-            epistemic = aleatoric = torch.zeros_like(output.value)
+            epistemic = aleatoric = novelty = torch.zeros_like(output.value)
         sizes = torch.bincount(batch, minlength=num_graphs).tolist()
         parts = zip(
             output.logits.split(sizes),
@@ -234,6 +240,7 @@ class TamiyoNetwork(nn.Module):
             spread.split(sizes),
             epistemic.tolist(),
             aleatoric.tolist(),
+            novelty.tolist(),
             strict=True,
         )
         return [Reading(*part) for part in parts]

@@ -38,6 +38,7 @@ _THRESHOLDS = (
     "health_threshold",
     "adaptation_confidence_threshold",
     "uncertainty_threshold",
+    "novelty_threshold",
     "max_adaptations_per_epoch",
     "safety_margin",
 )
@@ -61,6 +62,7 @@ class TamiyoPolicyConfig:
         health_threshold: Health below which a layer is ill.
         adaptation_confidence_threshold: Confidence that a candidate needs.
         uncertainty_threshold: Uncertainty above which the fallback decides.
+        novelty_threshold: Novelty above which it does.
         max_adaptations_per_epoch: Candidates carried out in one epoch.
         safety_margin: A candidate of more risk than one less this is refused.
     """
@@ -76,6 +78,7 @@ class TamiyoPolicyConfig:
     health_threshold: float | None = None
     adaptation_confidence_threshold: float | None = None
     uncertainty_threshold: float | None = None
+    novelty_threshold: float | None = None
     max_adaptations_per_epoch: int | None = None
     safety_margin: float | None = None
 

@@ -125,6 +125,15 @@ def test_uncertainty_threshold_abstains_whatever_is_preferred() -> None:
     assert judged(reading(SURE, epistemic=0.25), enable_uncertainty=False).outcome == "adapt"
 
 
+def test_novelty_threshold_abstains_too() -> None:
+    verdict = judged(reading(SURE, novelty=0.15))
+    assert verdict.outcome == "abstain"
+    assert "novelty of this state, 0.15, is above 0.10" in verdict.reason
+    assert verdict.decision.numbers["novelty"] == 0.15
+    assert judged(reading(SURE, novelty=0.15), novelty_threshold=0.2).outcome == "adapt"
+    assert judged(reading(SURE, novelty=0.15), enable_uncertainty=False).outcome == "adapt"
+
+
 def test_epistemic_weight_takes_spread_off_the_odds() -> None:
     said = reading(SURE, spread=torch.tensor([0.0, 3.0, 0.0, 0.0]))
     assert judged(said).decision.layer == "a"
