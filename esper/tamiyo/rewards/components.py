@@ -4,17 +4,18 @@ With L the loss, P the parameters and C the training cost of the run with the ad
 control (c), s the loss scale and λ the price:
 
 ========== ================================================================= =========
-accuracy   tanh((L_c − L_a) / s)                                             [−1, 1]
-speed      log2(C_c(L*) / C_a(L*)), L* = max(L_a, L_c), clipped              [−1, 1]
+accuracy   tanh((L_c − L_a) / s′)                                            [−1, 1]
+speed      log2(C_c(L*) / C_a(L*)), L* = max(L_a, L_c), clipped, · s / s′    [−1, 1]
 memory     −tanh(max(λ, λ_floor) · log(P_a / P_c) / s)                       [−1, 1]
 stability  tanh((σ_c − σ_a) / s)                                             [−1, 1]
 safety     −min(1, Σ penalty · events beyond the control's)                  [−1, 0]
 innovation decay^k for the first success of the run's k-th kind, else 0      [0, 1]
 ========== ================================================================= =========
 
-C(L*) is the cost after which the loss stays at or below L*, σ the standard deviation of the loss's change
-from one measured point to the next. Without an adaptation all of them are 0. A loss of NaN or inf counts as −1 in
-accuracy, speed and stability.
+s′ = √(s² + se²), with se the standard error of a fitted control's last loss, 0 for a real one: what is not
+known well counts little. C(L*) is the cost after which the loss stays at or below L*, σ the standard deviation of
+the loss's change from one measured point to the next. Without an adaptation all of them are 0. A loss of NaN or inf
+counts as −1 in accuracy, speed and stability.
 """
 
 from __future__ import annotations
@@ -36,17 +37,30 @@ def utility(taken: Branch, control: Branch, price: float) -> float:
     return control.last_loss - taken.last_loss - price * _log_size(taken, control)
 
 
-def accuracy(taken: Branch, control: Branch, config: RewardConfig) -> float:
-    """Loss saved against the control, in loss scales, squashed."""
+def accuracy(taken: Branch, control: Branch, config: RewardConfig, stderr: float = 0.0) -> float:
+    """Loss saved against the control, in loss scales, squashed.
+
+    Args:
+        taken: With the adaptation.
+        control: Without it.
+        config: The scale.
+        stderr: Standard error of the control's last loss, in nats.
+    """
     if not math.isfinite(taken.last_loss):
         return -1.0
-    return math.tanh((control.last_loss - taken.last_loss) / config.loss_scale)
+    return math.tanh((control.last_loss - taken.last_loss) / math.hypot(config.loss_scale, stderr))
 
 
-def speed(taken: Branch, control: Branch, config: RewardConfig) -> float:
+def speed(taken: Branch, control: Branch, config: RewardConfig, stderr: float = 0.0) -> float:
     """Doublings of cost saved on the way to the worse of the two final losses, which both reach.
 
     Only the last crossing counts, after which the loss stays there: a dip on the way buys nothing.
+
+    Args:
+        taken: With the adaptation.
+        control: Without it.
+        config: Which cost.
+        stderr: Standard error of the control's last loss, in nats.
     """
     if not math.isfinite(taken.last_loss):
         return -1.0
@@ -61,7 +75,8 @@ def speed(taken: Branch, control: Branch, config: RewardConfig) -> float:
         return 0.0
     # Both may stand at the aim from the start; a thousandth of the whole cost is the least that is told apart.
     least = whole / 1000
-    return _clip(math.log2(max(spent_by_control, least) / max(spent, least)))
+    certainty = config.loss_scale / math.hypot(config.loss_scale, stderr)
+    return certainty * _clip(math.log2(max(spent_by_control, least) / max(spent, least)))
 
 
 def memory(taken: Branch, control: Branch, config: RewardConfig, price: float) -> float:

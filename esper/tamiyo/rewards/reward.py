@@ -136,9 +136,10 @@ class RewardComputer:
         config = self.config
         taken, control = outcome.taken.until(end), control.until(end)
         price = outcome.price
+        stderr = outcome.control_stderr[len(control.steps) - 1] if outcome.control_stderr else 0.0
         values = {
-            "accuracy": parts.accuracy(taken, control, config),
-            "speed": parts.speed(taken, control, config),
+            "accuracy": parts.accuracy(taken, control, config, stderr),
+            "speed": parts.speed(taken, control, config, stderr),
             "memory": parts.memory(taken, control, config, price),
             "stability": parts.stability(taken, control, config, outcome.control_noise),
             "safety": parts.safety(taken, control, config),

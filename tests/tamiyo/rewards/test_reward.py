@@ -173,6 +173,18 @@ def test_a_run_that_goes_on_is_rewarded_by_the_furthest_horizon_that_is_over():
     assert RewardComputer().compute(outcome(branch(1.0), branch(1.0), total_steps=400), over=False) is None
 
 
+def test_what_is_not_known_well_counts_little():
+    taken, control = branch(1.0, 0.6, 0.4), branch(1.0, 0.8, 0.6)
+    sure = RewardComputer().compute(outcome(taken, control))
+    vague = RewardComputer().compute(outcome(taken, control, control_stderr=(0.0, 0.2, 0.4)))
+    assert sure is not None
+    assert vague is not None
+    share = 0.1 / math.hypot(0.1, 0.4)
+    assert vague.components["accuracy"] == pytest.approx(math.tanh(0.2 / math.hypot(0.1, 0.4)))
+    assert vague.components["speed"] == pytest.approx(share * sure.components["speed"])
+    assert vague.utility == sure.utility
+
+
 def test_the_provenance_names_the_error_of_a_fitted_control():
     made = outcome(branch(1.0, 0.5), branch(1.0, 0.5), control_stderr=(0.0, 0.0123))
     assert made.provenance == "fitted ± 0.0123"
