@@ -125,8 +125,9 @@ class Game:
         """
         if self.point is None:
             raise GrowthError(f"{self.assignment.spec.name}: the episode is over; start another one")
-        candidate, step = self.point.candidates[candidate_index], self._episode.step
+        candidates, step = self.point.candidates, self._episode.step
         self._episode.act(candidate_index)
+        candidate = candidates[candidate_index]
         acted = candidate.action not in ("wait", "hold")
         if acted:
             self._adaptations.append((step, candidate))

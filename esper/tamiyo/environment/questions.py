@@ -48,13 +48,16 @@ class Questions:
             return [wait(self.name, "nobody is to be asked here")]
         while self._asked < len(self._moments) and state.step >= self._moments[self._asked]:
             self._asked += 1
-        self.open = decision_point(
+        point = decision_point(
             state,
             self.history,
             run_id=self._run_id,
             price=self._config.price,
             config=self._config.candidates,
         )
+        self.open = msgspec.structs.replace(
+            point, timestamp=0.0
+        )  # the same run asks the same, whenever it runs
         return [wait(self.name, "whoever trains this run is asked")]
 
     @property

@@ -22,17 +22,21 @@ def load_rules() -> dict[str, Any]:
 
 
 def learning_rate(family: str, num_parameters: int) -> float:
-    """Peak rate of AdamW for a host: ``exp(intercept + slope · log(num_parameters))``, within what was tried.
+    """Peak rate of AdamW for a host: ``exp(intercept + slope · log(num_parameters))``.
+
+    Parameters and rates beyond those that were tried count as the last that were.
 
     Raises:
         ConfigError: The family was not tuned.
     """
-    rules = load_rules()
-    if family not in rules["families"]:
+    families = load_rules()["families"]
+    if family not in families:
         raise ConfigError(
-            f"no learning rate is known for family {family!r}; tuned are {', '.join(rules['families'])}; run "
+            f"no learning rate is known for family {family!r}; tuned are {', '.join(families)}; run "
             "`python -m esper.tamiyo.environment.tune_rates`"
         )
-    rule = rules["families"][family]
-    rate = math.exp(rule["intercept"] + rule["slope"] * math.log(num_parameters))
-    return float(min(max(rate, rules["grid"][0]), rules["grid"][-1]))
+    rule = families[family]
+    smallest, largest = rule["parameters"][0], rule["parameters"][-1]
+    size = min(max(num_parameters, smallest), largest)
+    rate = math.exp(rule["intercept"] + rule["slope"] * math.log(size))
+    return float(min(max(rate, rule["rates"][0]), rule["rates"][-1]))
