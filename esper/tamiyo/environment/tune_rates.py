@@ -86,7 +86,13 @@ def fit_rule(
     return {"intercept": at_pivot - slope * math.log(_PIVOT), "slope": slope, **regrets}
 
 
-def _regret(sizes: NDArray[np.float64], losses: NDArray[np.float64], at_pivot: float, slope: float) -> float:
+def _regret(
+    sizes: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    grid: Sequence[float],
+    at_pivot: float,
+    slope: float,
+) -> float:
     wanted = at_pivot + slope * np.log(sizes / _PIVOT)
     reached = [np.interp(rate, np.log(grid), row) for rate, row in zip(wanted, losses, strict=True)]
     return float(np.mean(np.array(reached) - losses.min(axis=1)))
