@@ -24,25 +24,28 @@ class UpdateMetrics:
     """
 
     def __init__(self) -> None:
-        self._metrics: dict[str, MeanMetric | MaxMetric] = {}
-        self._explained = ExplainedVariance()
-        self._num_targets = 0
+        self._numbers: dict[str, list[float]] = {}
+        self._values: list[Tensor] = []
+        self._targets: list[Tensor] = []
 
     def add(self, step: Mapping[str, Tensor | float], *, values: Tensor, targets: Tensor) -> None:
         """Take one step's numbers; one that is NaN was not measured in it and is left out."""
         for name, value in step.items():
             number = float(value)
-            if math.isnan(number):
-                continue
-            if name not in self._metrics:
-                self._metrics[name] = MaxMetric() if name.endswith("/max") else MeanMetric()
-            self._metrics[name].update(number)
-        self._explained.update(values.detach().cpu(), targets.detach().cpu())
-        self._num_targets += len(targets)
+            if not math.isnan(number):
+                self._numbers.setdefault(name, []).append(number)
+        self._values.append(values.detach())
+        self._targets.append(targets.detach())
 
     def compute(self) -> dict[str, float]:
         """Every name → number; explained variance only of two targets or more."""
-        found = {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        if self._num_targets > 1:
-            found["explained_variance"] = float(torch.as_tensor(self._explained.compute()))
+        found = {}
+        for name, numbers in self._numbers.items():
+            metric = MaxMetric() if name.endswith("/max") else MeanMetric()
+            # all at once: an update of a metric costs as much as a small network's step
+            found[name] = float(metric(torch.tensor(numbers, dtype=torch.float64)))
+        values, targets = torch.cat(self._values), torch.cat(self._targets)
+        if len(targets) > 1:
+            explained = ExplainedVariance()(values.cpu(), targets.cpu())
+            found["explained_variance"] = float(torch.as_tensor(explained))
         return found

@@ -107,25 +107,24 @@ class ReplayBuffer:
         """Whether anything can be drawn."""
         return self._tree.total > 0
 
-    def add(self, experience: Experience, td_error: float) -> int:
-        """Keep one experience and say where.
+    def add(self, experiences: Sequence[Experience], td_errors: Sequence[float]) -> NDArray[np.int64]:
+        """Keep experiences and say where each lies; of more than fit the last stay.
 
         Raises:
-            DataFormatError: The TD error is NaN or inf.
+            DataFormatError: A TD error is NaN or inf; nothing is kept.
         """
-        if not math.isfinite(td_error):
+        if not np.isfinite(td_errors).all():
             raise DataFormatError(
-                f"expected a finite TD error, got {td_error}; the reward or the critic is wrong"
+                f"expected finite TD errors, got {np.asarray(td_errors)}; the reward or the critic is wrong"
             )
-        index = self._next
-        if index < len(self._kept):
-            self._open = {run: at for run, at in self._open.items() if at != index}
-            self._kept[index] = experience
-        else:
-            self._kept.append(experience)
-        self._next = (index + 1) % self.capacity
-        self._priorities[index] = abs(td_error)
-        self._weigh(np.array([index]))
+        index = (self._next + np.arange(len(experiences))) % self.capacity
+        replaced = set(index.tolist())
+        self._open = {run: at for run, at in self._open.items() if at not in replaced}
+        for at, experience in zip(index.tolist(), experiences, strict=True):
+            self._kept[at : at + 1] = [experience]
+        self._next = int(self._next + len(experiences)) % self.capacity
+        self._priorities[index] = np.abs(td_errors)
+        self._weigh(index)
         return index
 
     def add_experience(
@@ -170,9 +169,9 @@ class ReplayBuffer:
         previous = self._open.pop(episode, None)
         if previous is not None:
             self._complete(previous, next_graph=graph)
-        index = self.add(experience, td_error)
+        (index,) = self.add([experience], [td_error])
         if not experience.ready:
-            self._open[episode] = index
+            self._open[episode] = int(index)
         self._num_unread += 1
         self._sum_unread += reward
 

@@ -138,8 +138,7 @@ class PolicyTrainer:
             for part in np.array_split(order, math.ceil(len(fresh) / share)):
                 sample = self._draw(math.ceil(replays * len(part) / share))
                 errors[part] = self._learn([fresh[i] for i in part], sample, metrics)[: len(part)]
-        for transition, error in zip(fresh, errors, strict=True):
-            self.replay_buffer.add(transition.experience, error)
+        self.replay_buffer.add([transition.experience for transition in fresh], errors.tolist())
         self.num_experiences += len(fresh)
         returns = np.array([trajectory.total_reward for trajectory in trajectories])
         self.observe(float(returns.mean()))

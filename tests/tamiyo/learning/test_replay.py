@@ -27,8 +27,7 @@ def experience(reward: float = 0.0, **more: object) -> Experience:
 
 def filled(errors: list[float], **kwargs: float) -> ReplayBuffer:
     buffer = ReplayBuffer(8, **kwargs)  # type: ignore[arg-type]
-    for i, error in enumerate(errors):
-        buffer.add(experience(reward=i), error)
+    buffer.add([experience(reward=i) for i in range(len(errors))], errors)
     return buffer
 
 
@@ -267,7 +266,7 @@ def test_transitions_and_trajectories_are_checked():
     with pytest.raises(DataFormatError, match="final_value 0"):
         Trajectory([Transition.of(masked, 0, -1.0, 0.0)], terminated=True, final_value=1.0)
     with pytest.raises(DataFormatError, match="finite TD error"):
-        ReplayBuffer(2).add(experience(), float("nan"))
+        ReplayBuffer(2).add([experience()], [float("nan")])
     with pytest.raises(DataFormatError, match="drop one"):
         ReplayBuffer(2).add_experience(
             state=masked, action=Choice(0, 0.0), reward=0.0, next_state=masked, td_error=0.0, terminated=True
