@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 
 from esper.errors import ConfigError
 from esper.tamiyo.environment.config import BUDGETS
 from esper.tamiyo.environment.families import sample_host
-from esper.tamiyo.environment.specs import HostSpec, Split, derived_seed
+from esper.tamiyo.environment.specs import HostSpec, ShakespeareTask, Split, TextTask, derived_seed
 from esper.tamiyo.oracle.records import Moment
 
 __all__ = ["Quota", "StatePlan", "plan_states"]
@@ -55,8 +55,14 @@ class StatePlan:
         return f"{self.spec.family}-{self.spec.split}-{self.spec.number}-{self.moment}"
 
 
-def plan_states(quota: Quota) -> list[StatePlan]:
+def plan_states(quota: Quota, *, most_steps: int | None = None) -> list[StatePlan]:
     """List the states that ``quota`` asks for, spread evenly over families and splits.
+
+    Args:
+        quota: What is wanted.
+        most_steps: Pass over hosts whose runs are longer, to afford more of them; but neither over runs whose data
+            shift, all of which are long, nor over language models, whose length is set by the tokens that they
+            see, on which it depends whether growth pays.
 
     Raises:
         ConfigError: A family or a split that does not exist, or a negative count.
@@ -64,23 +70,28 @@ def plan_states(quota: Quota) -> list[StatePlan]:
     counts = {(family, split): num for family, splits in quota.items() for split, num in splits.items()}
     if not counts or min(counts.values()) < 0:
         raise ConfigError(f"expected states of at least one family, none of them negative, got {counts}")
-    return [_plan(family, split, number) for family, split, number in _spread(counts)]
+    hosts = {key: _hosts(*key, most_steps) for key in counts}
+    return [_plan(next(hosts[key])) for key in _spread(counts)]
 
 
-def _spread(counts: Mapping[tuple[str, Split], int]) -> Iterator[tuple[str, Split, int]]:
+def _hosts(family: str, split: Split, most_steps: int | None) -> Iterator[HostSpec]:
+    for number in count():
+        spec = sample_host(family, split, number)
+        exempt = spec.shift is not None or isinstance(spec.task, TextTask | ShakespeareTask)
+        if most_steps is None or exempt or spec.total_steps <= most_steps:
+            yield spec
+
+
+def _spread(counts: Mapping[tuple[str, Split], int]) -> Iterator[tuple[str, Split]]:
     """Member k of n falls at (k + 1/2) / n, so every beginning holds its share of every group."""
-    places = [((k + 0.5) / num, key, k) for key, num in counts.items() for k in range(num)]
-    heapq.heapify(places)
-    while places:
-        _, (family, split), number = heapq.heappop(places)
-        yield family, split, number
+    for _, key in sorted(((k + 0.5) / num, key) for key, num in counts.items() for k in range(num)):
+        yield key
 
 
-def _plan(family: str, split: Split, number: int) -> StatePlan:
-    spec = sample_host(family, split, number)
+def _plan(spec: HostSpec) -> StatePlan:
     random = Random(derived_seed("oracle", spec.name))
     moments = _MOMENTS if spec.shift is None else _SHIFTED
-    moment = moments[number % len(moments)]
+    moment = moments[spec.number % len(moments)]
     low, high = _SHARES[moment]
     total = spec.total_steps
     step = round((low + random.random() * (high - low)) * total)

@@ -15,11 +15,11 @@ from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.oracle.plan import StatePlan
 from esper.tamiyo.oracle.records import Outcome, StateRecord
 
-__all__ = ["TRIED", "try_state"]
+__all__ = ["TRIED", "reach", "try_state"]
 
-TRIED = CandidateConfig(max_beside=3, max_long=4)
-"""What is offered, and so tried: all ways to widen, to stack and to recycle, the long ways in part, and of what lies
-beside single layers three examples, which were found to hardly help a narrow layer (GROWTH.md §2)."""
+TRIED = CandidateConfig(max_beside=2, max_long=2, max_sites=3, max_recycled=2)
+"""What is offered, and so tried: fewer places of each kind than a run would be offered, so that a table has more
+hosts; most is left out of what lies beside single layers, which hardly helps a narrow one (GROWTH.md §2)."""
 
 
 def try_state(
@@ -38,15 +38,7 @@ def try_state(
     Raises:
         DataNotFoundError: A sealed host's data are not below ``ESPER_DATA_DIR``.
     """
-    spec = plan.spec
-    steps = [step for step in (plan.grown_at, plan.step) if step is not None]
-    config = EpisodeConfig(
-        budget=plan.budget,
-        fractions=tuple(step / spec.total_steps for step in steps),
-        candidates=candidates,
-    )
-    episode = Episode(spec, config)
-    point = _reach(episode, plan)
+    episode, point = reach(plan, candidates=candidates)
     if point is None or all(candidate.unavailable for candidate in point.candidates[1:]):
         return None
     outcomes = tuple(
@@ -55,12 +47,34 @@ def try_state(
         if not candidate.unavailable
         for repeat in range(repeats)
     )
-    return StateRecord(state_id=plan.state_id, moment=plan.moment, spec=spec, point=point, outcomes=outcomes)
+    return StateRecord(
+        state_id=plan.state_id, moment=plan.moment, spec=plan.spec, point=point, outcomes=outcomes
+    )
 
 
-def _reach(episode: Episode, plan: StatePlan) -> DecisionPoint | None:
-    """Train to the first decision point at ``plan.step`` or later, growing once on the way where that is planned."""
-    random = Random(derived_seed("oracle growth", plan.spec.name))
+def reach(
+    plan: StatePlan, *, candidates: CandidateConfig = TRIED, later: float | None = None
+) -> tuple[Episode, DecisionPoint | None]:
+    """Train to the first decision point at ``plan.step`` or later, growing once on the way where that is planned.
+
+    Args:
+        plan: The state; the same one is reached each time.
+        candidates: What is offered.
+        later: Ask once more, this share of the run later.
+
+    Returns:
+        The run, and the decision point at which it stands; None where it ended before it was asked.
+    """
+    spec = plan.spec
+    total = spec.total_steps
+    steps = [step for step in (plan.grown_at, plan.step) if step is not None]
+    if later is not None:
+        steps.append(min(total - 1, plan.step + max(1, round(later * total))))
+    config = EpisodeConfig(
+        budget=plan.budget, fractions=tuple(step / total for step in steps), candidates=candidates
+    )
+    episode = Episode(spec, config)
+    random = Random(derived_seed("oracle growth", spec.name))
     grows = plan.grown_at is not None
     while (point := episode.advance()) is not None and episode.step < plan.step:
         most = point.run.parameters_left // 2  # or nothing would be left to choose between later
@@ -72,7 +86,7 @@ def _reach(episode: Episode, plan: StatePlan) -> DecisionPoint | None:
         chosen = growths[int(random.random() * len(growths))] if grows and growths else 0
         grows = grows and not chosen
         episode.act(chosen)
-    return point
+    return episode, point
 
 
 def _try(episode: Episode, candidate: int, repeat: int) -> Outcome:

@@ -17,7 +17,7 @@ from esper.errors import ConfigError
 from esper.tamiyo.environment.families import sample_host
 from esper.tamiyo.graph.candidates import CandidateConfig
 from esper.tamiyo.oracle.generate import generate, merge
-from esper.tamiyo.oracle.plan import StatePlan, plan_states
+from esper.tamiyo.oracle.plan import Quota, StatePlan, plan_states
 from esper.tamiyo.oracle.records import StateRecord, utilities
 from esper.tamiyo.oracle.rules import RULES
 from esper.tamiyo.oracle.shards import finished, read_shards
@@ -130,6 +130,16 @@ def test_a_plan_is_fair_from_the_beginning_on() -> None:
         if plan.moment == "shifted":
             assert plan.spec.shift is not None
             assert any(0 <= plan.step - at < 0.1 * plan.spec.total_steps for at in plan.spec.shift.at)
+
+
+def test_long_runs_can_be_passed_over_but_for_those_that_need_their_length() -> None:
+    quota: Quota = {"digits_mlp": {"train": 8}, "text_gpt": {"train": 8}, "shift_mlp": {"train": 3}}
+    plans = plan_states(quota, most_steps=600)
+    assert len({plan.state_id for plan in plans}) == 19
+    assert all(p.spec.total_steps <= 600 for p in plans if p.spec.family == "digits_mlp")
+    assert any(p.spec.total_steps > 600 for p in plans if p.spec.family == "text_gpt")
+    assert [p.spec.number for p in plans if p.spec.family == "shift_mlp"] == [0, 1, 2]
+    assert {p.state_id for p in plans} & {p.state_id for p in plan_states(quota)}
 
 
 def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
