@@ -21,7 +21,8 @@ class CollectionConfig:
         sigma_floor: Least standard deviation of a health score, for histories that are flat.
         normal_every: One in so many normal signals of a layer or seed passes.
         window_size: Processed signals that are kept to be asked for, of all runs together.
-        max_keys: Layers and seeds that may be known at once, of all runs together.
+        max_keys: Layers and seeds that may be known at once, of all runs together. Those of signals that wait
+            or are kept cannot be given up: with fewer than ``window_size``, a flood of new names is left out.
         poll_messages: Messages to read before others on the event loop have their turn.
         statistics_window_s: Length of the sliding window of rate and latencies, seconds.
         report_interval_s: Seconds between two lines of statistics in the log.

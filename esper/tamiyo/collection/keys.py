@@ -8,6 +8,7 @@ names, do not fill the memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from sys import intern
 from typing import NamedTuple
 
 import numpy as np
@@ -145,6 +146,8 @@ class KeyTable:
                 self.series.append(None)
                 if key == len(self._last_seen):
                     self._last_seen = np.concatenate([self._last_seen, np.zeros_like(self._last_seen)])
+            # every message brings strings of its own; of those that are kept one of a kind is enough
+            run_id, owner = intern(run_id), (intern(owner[0]), intern(owner[1]))
             self.series[key] = Series(run_id, *owner)
             self._runs.setdefault(run_id, {})[owner] = key
         self._last_seen[key] = self._now
