@@ -2,7 +2,10 @@
 
 Dropout samples say where a network's weights contradict one another, which is not where it has never been: on
 toy tasks their mutual information told states with shifted features from known ones no better than chance
-(areas under the curve of .43 to .78, mostly .5). So a network also remembers where its training states lay.
+(areas under the curve of .43 to .78, mostly .5). So a network also remembers where its training states lay. With
+one family of real hosts left out at a time (196 states of 98 hosts known), 67 % of the states of convolutional
+nets and 92 % of those of GPTs had a novelty above 0.1 (curves .97, .96), and none to 8 % of the states of MLPs,
+which other families of MLPs had shown (.42 to .90); of the validation states of known families, 3 of 84.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,6 +52,8 @@ class TamiyoPolicyConfig:
     Attributes:
         weights: Safetensors file of a policy network; ``shipped`` for the one that came with the package.
         price: λ: the held-out loss, in nats, that a unit of log(parameters / host parameters) has to save.
+        moments: Shares of the run from which on the network is asked once each, as it was in training; empty for
+            every decision point. Asked more often than it was trained to be, it would grow more often.
         fallback: Policy that decides where the network abstains.
         fallback_options: Of that policy.
         candidates: Which candidates are offered
@@ -69,6 +72,7 @@ class TamiyoPolicyConfig:
 
     weights: str = _SHIPPED
     price: float = 0.03
+    moments: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     fallback: str = "expressivity"
     fallback_options: Mapping[str, Any] = field(default_factory=dict)
     candidates: Mapping[str, Any] = field(default_factory=dict)
@@ -85,8 +89,11 @@ class TamiyoPolicyConfig:
     def __post_init__(self) -> None:
         known = [option.name for option in dataclasses.fields(CandidateConfig)]
         unknown = sorted(set(self.candidates) - set(known))
+        object.__setattr__(self, "moments", tuple(self.moments))  # lists come from files
+        in_order = list(self.moments) == sorted(set(self.moments))
         check_options(
             self,
+            (in_order and all(0 <= m < 1 for m in self.moments), "moments should ascend within [0, 1)"),
             (bool(self.weights), "weights should be 'shipped' or the path of a file"),
             (0.0 <= self.price < float("inf"), "price should be finite and not negative"),
             (self.fallback != "tamiyo", "fallback should be another policy than tamiyo itself"),
@@ -110,7 +117,7 @@ class Judgement:
 
 
 class TamiyoPolicy:
-    """Asks the network at every decision point at which something can be done.
+    """Asks the network at the moments of its options, where something can be done.
 
     The network chooses one candidate of :func:`~esper.tamiyo.graph.candidates.candidates`, which is carried out,
     or none. Where it abstains the fallback decides as if it were alone; an event of the fallback's that falls
@@ -138,12 +145,39 @@ class TamiyoPolicy:
         self._offers = CandidateConfig(**config.candidates)
         self._builder = ModelGraphBuilder()
         self._history = History()
+        self._asked = 0
         self._epoch = 0
         self._adaptations = 0
 
     def decide(self, state: GrowthState) -> list[Decision]:
         """Answer a decision point with what carries out one candidate, with the fallback's answer, or one WAIT."""
+        if not self._due(state):
+            self._history.note(state)
+            return [wait(self.name, self._next(state))]
         point = decision_point(state, self._history, price=self.config.price, config=self._offers)
+        answer = self._answer(state, point)
+        self._history.note_decisions(answer, state.step)
+        return answer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "history": self._history.state_dict(),
+            "asked": self._asked,
+            "epoch": self._epoch,
+            "adaptations": self._adaptations,
+            "fallback": self.fallback.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on what :meth:`state_dict` returned."""
+        self._history.load_state_dict(state["history"])
+        self._asked = int(state["asked"])
+        self._epoch = int(state["epoch"])
+        self._adaptations = int(state["adaptations"])
+        self.fallback.load_state_dict(state["fallback"])
+
+    def _answer(self, state: GrowthState, point: DecisionPoint) -> list[Decision]:
         if state.epoch != self._epoch:
             self._epoch, self._adaptations = state.epoch, 0
         if all(candidate.unavailable for candidate in point.candidates[1:]):
@@ -171,21 +205,18 @@ class TamiyoPolicy:
         self._history.note_decisions(answer, state.step)
         return answer
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {
-            "history": self._history.state_dict(),
-            "epoch": self._epoch,
-            "adaptations": self._adaptations,
-            "fallback": self.fallback.state_dict(),
-        }
+    def _due(self, state: GrowthState) -> bool:
+        """Whether a moment has passed since the network was last asked; moments that piled up are one."""
+        # rounding must not put a moment one decision point later than its exact share
+        passed = sum(moment <= state.fraction + 1e-6 for moment in self.config.moments)
+        due = passed > self._asked
+        self._asked = max(self._asked, passed)
+        return due or not self.config.moments
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take on what :meth:`state_dict` returned."""
-        self._history.load_state_dict(state["history"])
-        self._epoch = int(state["epoch"])
-        self._adaptations = int(state["adaptations"])
-        self.fallback.load_state_dict(state["fallback"])
+    def _next(self, state: GrowthState) -> str:
+        if self._asked == len(self.config.moments):
+            return "the network has been asked for the last time"
+        return f"the network is asked next at step {math.ceil(self.config.moments[self._asked] * state.total_steps)}"
 
     def _waiting(self, verdict: Verdict) -> Decision:
         said = verdict.decision

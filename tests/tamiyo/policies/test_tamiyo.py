@@ -87,7 +87,7 @@ def test_no_more_adaptations_in_an_epoch_than_allowed(weights: str) -> None:
 def test_a_shy_policy_waits_and_says_what_it_would_have_done(weights: str) -> None:
     run = loop(weights, adaptation_confidence_threshold=1.0)
     assert not run.body.seeds
-    assert "is preferred, but beats waiting with probability" in run.decisions[0].decision.reason
+    assert "is preferred, but beats waiting with probability" in run.decisions[1].decision.reason
 
 
 def test_where_it_does_not_know_the_fallback_decides_and_the_decision_says_so(weights: str) -> None:
@@ -111,7 +111,18 @@ def test_growth_by_the_network_uses_up_the_fallbacks_event(weights: str) -> None
 def test_outside_the_growth_window_nothing_grows(weights: str) -> None:
     run = Loop(policy(weights), probes={"decision_interval": 0.1}, window=(0.5, 1.0)).run(16)
     assert {record.decision.action for record in run.decisions} <= {"wait", "recycle"}
-    assert "the growth window is closed" in run.decisions[0].decision.reason
+    assert "the growth window is closed" in run.decisions[1].decision.reason
+
+
+def test_the_network_is_asked_once_at_each_moment_and_moments_that_pile_up_are_one(weights: str) -> None:
+    made = policy(weights, moments=[0.2, 0.35, 0.4])
+    run = Loop(made, probes={"decision_interval": 0.1}).run(40)
+    asked = {record.step: "asked" not in record.decision.reason for record in run.decisions}
+    assert [step for step, was in asked.items() if was] == [9, 17]
+    assert "asked next at step 14" in next(r.decision.reason for r in run.decisions if r.step == 13)
+    assert "for the last time" in run.decisions[-1].decision.reason
+    always = Loop(policy(weights, moments=()), probes={"decision_interval": 0.1}).run(40)
+    assert not any("asked" in record.decision.reason for record in always.decisions)
 
 
 def test_resumed_in_the_middle_it_decides_as_if_nothing_had_happened(weights: str) -> None:
@@ -214,6 +225,8 @@ def test_without_shipped_weights_the_way_out_is_named() -> None:
         ({"candidates": {"max_candidates": 1}}, "max_candidates should be at least 2"),
         ({"safety_margin": 2.0}, "safety_margin should lie in"),
         ({"uncertainty_samples": 0}, "uncertainty_samples should be a whole number"),
+        ({"moments": [0.2, 0.1]}, "moments should ascend"),
+        ({"moments": [1.0]}, "moments should ascend"),
         ({"weights": ""}, "weights should be"),
     ],
 )
