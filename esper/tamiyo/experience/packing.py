@@ -1,12 +1,10 @@
 """Structs to bytes and back, checked both ways.
 
-msgpack, then zlib: its checksum tells a damaged byte from a sound one, and health signals of consecutive steps
-shrink to about a third. A topology is kept once for all decisions about the same host.
+msgpack, then zlib, whose checksum tells a damaged byte from a sound one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zlib
 from typing import TypeVar
@@ -14,26 +12,16 @@ from typing import TypeVar
 import msgspec
 
 from esper.errors import ConfigError, DataFormatError
-from esper.kasmina.topology import ModelTopology
-from esper.messages import HealthSignal
 from esper.tamiyo.experience.records import DecisionFacts
-from esper.tamiyo.graph.facts import Candidate, DecisionPoint, RunFacts
 
-__all__ = ["check_choice", "check_decision", "pack", "pack_point", "unpack", "unpack_point"]
+__all__ = ["check_choice", "check_decision", "compress", "pack", "unpack"]
 
-_LEVEL = 1  # a decision point of 64 layers takes 6 ms; higher levels take longer and save little
+_LEVEL = 1  # floats hardly shrink, and higher levels take longer
 _MAX_BYTES = 256 << 20
 """Unpacked; more is no decision point, but a bomb."""
 _MAX_NAME = 200
 
 _StructT = TypeVar("_StructT")
-
-
-class _PointWithoutTopology(msgspec.Struct, frozen=True):
-    run: RunFacts
-    signals: tuple[HealthSignal, ...]
-    candidates: tuple[Candidate, ...]
-    timestamp: float
 
 
 def pack(value: object) -> bytes:
@@ -43,9 +31,14 @@ def pack(value: object) -> bytes:
         ConfigError: A field holds what its type does not allow, such as a number beyond 64 bits.
     """
     try:
-        return zlib.compress(msgspec.msgpack.encode(value), _LEVEL)
+        return compress(msgspec.msgpack.encode(value))
     except (msgspec.MsgspecError, TypeError, OverflowError) as error:
         raise ConfigError(f"a {type(value).__name__.lstrip('_')} cannot be stored: {error}") from error
+
+
+def compress(raw: bytes) -> bytes:
+    """Add the checksum."""
+    return zlib.compress(raw, _LEVEL)
 
 
 def unpack(data: object, kind: type[_StructT], where: str) -> _StructT:
@@ -71,33 +64,9 @@ def unpack(data: object, kind: type[_StructT], where: str) -> _StructT:
         return msgspec.msgpack.decode(raw, type=kind)
     except (zlib.error, msgspec.MsgspecError, ValueError) as error:
         raise DataFormatError(
-            f"{where}: expected a packed {kind.__name__}, got something else: {error}; the store is damaged, or "
-            "another program has written to it"
+            f"{where}: expected packed {getattr(kind, '__name__', kind)}, got something else: {error}; the store is "
+            "damaged, or another program has written to it"
         ) from error
-
-
-def pack_point(point: DecisionPoint) -> tuple[bytes, str, bytes]:
-    """A decision point without its topology, and the topology with its digest."""
-    topology = pack(point.topology)
-    digest = hashlib.sha256(topology).hexdigest()
-    rest = _PointWithoutTopology(point.run, point.signals, point.candidates, point.timestamp)
-    return pack(rest), digest, topology
-
-
-def unpack_point(data: object, topology: ModelTopology, where: str) -> DecisionPoint:
-    """What :func:`pack_point` was given.
-
-    Raises:
-        DataFormatError: The bytes are something else, or damaged.
-    """
-    rest = unpack(data, _PointWithoutTopology, where)
-    return DecisionPoint(
-        run=rest.run,
-        topology=topology,
-        signals=rest.signals,
-        candidates=rest.candidates,
-        timestamp=rest.timestamp,
-    )
 
 
 def check_decision(facts: DecisionFacts) -> None:

@@ -23,10 +23,10 @@ STEPS: tuple[str, ...] = (
         started REAL NOT NULL,              -- Unix seconds
         ended   INTEGER                     -- optimizer steps at the end; NULL while it goes on, or was killed
     ) WITHOUT ROWID;
-    CREATE TABLE topologies (
-        digest TEXT PRIMARY KEY,            -- SHA-256 of the packed topology
+    CREATE TABLE parts (                    -- of decision points: topologies, and signals of one sampled step
+        digest BLOB PRIMARY KEY,            -- BLAKE2b, 16 bytes, of the msgpack
         facts  BLOB NOT NULL
-    ) WITHOUT ROWID;
+    );
     CREATE TABLE decisions (
         number        INTEGER PRIMARY KEY AUTOINCREMENT,
         decision_id   TEXT NOT NULL UNIQUE,
@@ -40,7 +40,6 @@ STEPS: tuple[str, ...] = (
         confidence    REAL NOT NULL,
         uncertainty   REAL,
         facts_version INTEGER NOT NULL,     -- FACTS_VERSION of esper/tamiyo/graph/facts.py
-        topology      TEXT NOT NULL REFERENCES topologies (digest),
         point         BLOB NOT NULL,
         seed_ids      TEXT NOT NULL DEFAULT '[]',
         refused       TEXT NOT NULL DEFAULT ''

@@ -12,25 +12,23 @@ from typing import Any
 import msgspec
 
 from esper.errors import ConfigError, DataFormatError
-from esper.kasmina.topology import ModelTopology
 from esper.tamiyo.experience.connection import StoreFile
 from esper.tamiyo.experience.packing import (
     check_choice,
     check_decision,
     pack,
-    pack_point,
     unpack,
-    unpack_point,
 )
+from esper.tamiyo.experience.parts import SharedParts
 from esper.tamiyo.experience.records import DecisionFacts, Experience, Incident, Observation, OutcomeFacts
-from esper.tamiyo.graph.facts import FACTS_VERSION, DecisionPoint
+from esper.tamiyo.graph.facts import FACTS_VERSION
 
 __all__ = ["ExperienceStore", "PolicyCount"]
 
 _CHUNK = 64
 _COLUMNS = """
     d.number, d.decision_id, d.policy, d.version, d.chosen, d.logprob, d.confidence, d.uncertainty, d.facts_version,
-    d.topology, d.point, d.seed_ids, d.refused, o.facts
+    d.point, d.seed_ids, d.refused, o.facts
     FROM decisions AS d LEFT JOIN outcomes AS o USING (decision_id)
 """
 
@@ -80,7 +78,7 @@ class ExperienceStore:
     ) -> None:
         self.path = Path(path)
         self._file = StoreFile(self.path, readonly=readonly, busy_timeout_s=busy_timeout_s)
-        self._topologies: dict[str, ModelTopology] = {}
+        self._parts = SharedParts(str(self.path))
         with self._file.reading():
             pass  # a wrong file is refused now, not at the first decision
 
@@ -96,22 +94,22 @@ class ExperienceStore:
             ConfigError: It would not read back, or nobody could learn from it. Nothing is written.
             StoreError: It could not be written.
         """
-        check_decision(facts)
-        point, digest, topology = pack_point(facts.point)
+        return bool(self.add_decisions([facts]))
+
+    def add_decisions(self, several: Sequence[DecisionFacts]) -> int:
+        """Write decisions down in one transaction, all or none; waiting for the disk takes most of the time.
+
+        Returns:
+            How many did not stand there already.
+
+        Raises:
+            ConfigError: One would not read back, or nobody could learn from it. Nothing is written.
+            StoreError: They could not be written.
+        """
+        for facts in several:
+            check_decision(facts)
         with self._file.writing() as db:
-            db.execute("INSERT OR IGNORE INTO topologies VALUES (?, ?)", (digest, topology))
-            self._know_run(db, facts.run_id, facts.point.timestamp)
-            written = db.execute(
-                "INSERT OR IGNORE INTO decisions (decision_id, run_id, step, policy, version, action, chosen, "
-                "logprob, confidence, uncertainty, facts_version, topology, point) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    facts.decision_id, facts.run_id, facts.point.run.step, facts.policy, facts.version,
-                    facts.candidate.action, facts.chosen, facts.logprob, facts.confidence, facts.uncertainty,
-                    FACTS_VERSION, digest, point,
-                ),
-            )  # fmt: skip
-            return bool(written.rowcount)
+            return sum(self._add(db, facts) for facts in several)
 
     def note_applied(self, decision_id: str, *, seed_ids: Sequence[str] = (), refused: str = "") -> None:
         """Add what the run made of a decision; may come in several parts.
@@ -324,6 +322,22 @@ class ExperienceStore:
 
     # ---------------------------------------------------------------- inside
 
+    def _add(self, db: sqlite3.Connection, facts: DecisionFacts) -> bool:
+        if db.execute("SELECT 1 FROM decisions WHERE decision_id = ?", (facts.decision_id,)).fetchone():
+            return False
+        point = self._parts.write(db, facts.point)
+        self._know_run(db, facts.run_id, facts.point.timestamp)
+        db.execute(
+            "INSERT INTO decisions (decision_id, run_id, step, policy, version, action, chosen, logprob, confidence, "
+            "uncertainty, facts_version, point) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                facts.decision_id, facts.run_id, facts.point.run.step, facts.policy, facts.version,
+                facts.candidate.action, facts.chosen, facts.logprob, facts.confidence, facts.uncertainty,
+                FACTS_VERSION, point,
+            ),
+        )  # fmt: skip
+        return True
+
     def _know_run(self, db: sqlite3.Connection, run_id: str, started: float) -> None:
         db.execute("INSERT OR IGNORE INTO runs (run_id, started) VALUES (?, ?)", (run_id, started))
 
@@ -337,15 +351,15 @@ class ExperienceStore:
         ]
 
     def _experience(self, db: sqlite3.Connection, row: Sequence[Any]) -> Experience:
-        (number, decision_id, policy, version, chosen, logprob, confidence, uncertainty, facts_version, topology,
-         data, seed_ids, refused, outcome) = row  # fmt: skip
+        (number, decision_id, policy, version, chosen, logprob, confidence, uncertainty, facts_version, data,
+         seed_ids, refused, outcome) = row  # fmt: skip
         where = f"{self.path}, decision {decision_id}"
         if facts_version != FACTS_VERSION:
             raise DataFormatError(
                 f"{where}: expected facts of version {FACTS_VERSION}, got version {facts_version}; read it with the "
                 "esper that wrote it"
             )
-        point: DecisionPoint = unpack_point(data, self._topology(db, topology, where), where)
+        point = self._parts.read(db, data, where)
         try:
             facts = msgspec.convert(
                 {
@@ -364,16 +378,6 @@ class ExperienceStore:
             refused=refused,
             outcome=None if outcome is None else unpack(outcome, OutcomeFacts, where),
         )
-
-    def _topology(self, db: sqlite3.Connection, digest: str, where: str) -> ModelTopology:
-        if digest not in self._topologies:
-            row = db.execute("SELECT facts FROM topologies WHERE digest = ?", (digest,)).fetchone()
-            if row is None:
-                raise DataFormatError(f"{where}: the store is damaged: its topology {digest} is missing")
-            if len(self._topologies) >= _CHUNK:
-                self._topologies.clear()
-            self._topologies[digest] = unpack(row[0], ModelTopology, where)
-        return self._topologies[digest]
 
     def _seed_ids(self, text: str, decision_id: str) -> tuple[str, ...]:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from experience_samples import GROW, SHUT, decision, outcome, point, topology
+from experience_samples import signal as signal_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,14 @@ def test_a_decision_that_is_written_twice_stands_there_once(store):
     assert not store.add_decision(decision(chosen=2))
     assert len(store) == 1
     assert store.get("run:10").decision.chosen == 1
+
+
+def test_several_decisions_are_written_all_or_none(store):
+    store.add_decision(decision(step=2))
+    assert store.add_decisions([decision(step=i) for i in range(4)]) == 3
+    with pytest.raises(ConfigError, match="one of 4 candidates"):
+        store.add_decisions([decision("other", 1), decision("other", 2, chosen=9)])
+    assert [e.decision.point.run.step for e in store.iterate()] == [2, 0, 1, 3]
 
 
 def test_what_the_run_made_of_a_decision_is_added(store):
@@ -271,7 +280,7 @@ def test_damage_is_told_with_its_place(store, path):
     blob = bytearray(_one(path, "SELECT point FROM decisions")[0])
     blob[len(blob) // 2] ^= 1
     _change(path, "UPDATE decisions SET point = ?", bytes(blob))
-    with pytest.raises(DataFormatError, match=r"decision run:10: expected a packed .*the store is damaged"):
+    with pytest.raises(DataFormatError, match=r"decision run:10: expected packed .*the store is damaged"):
         store.get("run:10")
     with pytest.raises(DataFormatError, match="damaged"):
         store.check()
@@ -288,7 +297,7 @@ def test_damage_is_told_with_its_place(store, path):
         ("UPDATE decisions SET confidence = 'much'", "confidence"),
         ("UPDATE decisions SET seed_ids = 'x'", "damaged"),
         ("UPDATE decisions SET facts_version = 99", "facts of version 1, got version 99"),
-        ("DELETE FROM topologies", "topology .* is missing"),
+        ("DELETE FROM parts", "part .* is missing"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(path, change, message):
@@ -349,10 +358,24 @@ def test_durability_is_asked_for(store):
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
 
 
-def test_a_topology_is_kept_once(store, path):
-    for i in range(5):
+def test_what_decision_points_share_is_kept_once(store, path):
+    for i in range(20):
         store.add_decision(decision(step=i))
-    assert _one(path, "SELECT count(*) FROM topologies") == (1,)
+    assert _one(path, "SELECT count(*) FROM parts") == (
+        1 + 18,
+    )  # a topology, and the signals of steps 1 to 18
+    again = [e.decision for e in store.iterate()]
+    assert again == [decision(step=i) for i in range(20)]
+
+
+def test_signals_come_back_in_their_order_whatever_it_is(store):
+    signals = (signal_of(3), signal_of(3, "layer1"), signal_of(2), signal_of(3), signal_of(3, seed_id="s1"))
+    facts = decision(point=msgspec.structs.replace(point(), signals=signals))
+    store.add_decision(facts)
+    assert store.get("run:10").decision.point.signals == signals
+    bare = decision("bare", point=msgspec.structs.replace(point("bare"), signals=()))
+    store.add_decision(bare)
+    assert store.get("bare:10").decision == bare
 
 
 def _one(path: Path, query: str):
