@@ -31,6 +31,7 @@ __all__ = ["SignalIntake"]
 
 _LOG = logging.getLogger("esper.tamiyo.collection")
 _MAX_RUN_ID = 128  # as for whoever publishes
+_USEFUL = (SignalBatch, ErrorRecoveryEvent, ModelPerformance, KernelPerformance, CacheHitRates)
 
 
 class SignalIntake:
@@ -63,28 +64,25 @@ class SignalIntake:
     def take(self, message: Message) -> None:
         """Take one message; types that are of no use here are counted and left."""
         self._statistics.messages += 1
-        run_id = getattr(message, "run_id", None)
-        if run_id is None:
+        if not isinstance(message, _USEFUL):
             self._statistics.ignored += 1
-        elif not (isinstance(run_id, str) and 0 < len(run_id) <= _MAX_RUN_ID):
-            self._refuse(f"expected a run id of 1 to {_MAX_RUN_ID} characters, got {str(run_id)[:200]!r}")
-        elif type(message) is SignalBatch:
+        elif why := _what_is_wrong(message):
+            self._refuse(why)
+        elif isinstance(message, SignalBatch):
             self._take_signals(message)
         elif isinstance(message, ErrorRecoveryEvent):
             self._take_error(message)
         elif isinstance(message, ModelPerformance):
-            self.runs.heard(run_id).performance = message
+            self.runs.heard(message.run_id).performance = message
         elif isinstance(message, KernelPerformance):
-            self.runs.heard(run_id).kernel = message
-        elif isinstance(message, CacheHitRates):
-            self.runs.heard(run_id).cache = message
+            self.runs.heard(message.run_id).kernel = message
         else:
-            self._statistics.ignored += 1
+            self.runs.heard(message.run_id).cache = message
 
     def _take_signals(self, batch: SignalBatch) -> None:
         try:
             table = batch.table  # a batch that did not come over the bus is read here for the first time
-        except MessageError as error:
+        except (MessageError, TypeError) as error:  # TypeError: ids or columns that are no bytes
             self._refuse(str(error))
             return
         status = self.runs.heard(batch.run_id)
@@ -129,3 +127,19 @@ class SignalIntake:
         self._statistics.malformed += 1
         if self._statistics.malformed == 1:
             _LOG.warning("refused a message: %s; further ones are counted without a line", why)
+
+
+def _what_is_wrong(
+    message: SignalBatch | ErrorRecoveryEvent | ModelPerformance | KernelPerformance | CacheHitRates,
+) -> str:
+    """Why a message is none, or nothing: the bus has looked at types, but not every client is the bus."""
+    run_id, step, timestamp = message.run_id, message.step, message.timestamp
+    if not (isinstance(run_id, str) and 0 < len(run_id) <= _MAX_RUN_ID):
+        return f"expected a run id of 1 to {_MAX_RUN_ID} characters, got {str(run_id)[:200]!r}"
+    if not (isinstance(step, int) and 0 <= step < 2**64):
+        return f"expected a step of at least 0, got {step!r} of run {run_id!r}"
+    if not isinstance(timestamp, float | int):
+        return f"expected a timestamp in seconds, got {timestamp!r} of run {run_id!r}"
+    if isinstance(message, ErrorRecoveryEvent) and not isinstance(message.layer_id, str):
+        return f"expected the name of a layer or nothing, got {message.layer_id!r} of run {run_id!r}"
+    return ""

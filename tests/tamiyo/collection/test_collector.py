@@ -271,7 +271,13 @@ def test_what_makes_no_sense_is_counted_and_does_not_stop_it() -> None:
                 msgspec.structs.replace(good, run_id="x" * 1000),
                 msgspec.structs.replace(good, run_id=""),
                 msgspec.structs.replace(good, run_id=7),  # type: ignore[arg-type]
+                msgspec.structs.replace(good, columns=None),  # type: ignore[arg-type]
+                msgspec.structs.replace(good, timestamp="noon"),  # type: ignore[arg-type]
+                msgspec.structs.replace(good, step=-1),
                 batch(signal(health_score=math.nan)),
+                ErrorRecoveryEvent("run", 1, 7, "k", "", 0.0),  # type: ignore[arg-type]
+                ErrorRecoveryEvent("run", 2**64, "fc1", "k", "", 0.0),
+                KernelPerformance("run", "two", 0.0, 0.0, 0.0),  # type: ignore[arg-type]
             ]
             for message in wrong:
                 collector.ingest(message)
