@@ -122,8 +122,7 @@ class ExperienceBook:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        for point, answer in decided:
-            self.store.add_decision(_facts(point, answer))
+        self.store.add_decisions([_facts(point, answer) for point, answer in decided])
 
     def report(self, report: Report) -> bool:
         """Write down what became of a decision; False when there is no such decision of this run."""
