@@ -52,6 +52,9 @@ def objective(
 ) -> Objective:
     """Weigh policy, value, entropy, urgency, risk, safety and uncertainty.
 
+    The value's error is not clipped as in some PPOs: that was found to hurt or do nothing (Andrychowicz et al. 2021,
+    §3.6).
+
     Args:
         policy: In training, in eval mode: ratios are taken without dropout, as rollouts are.
         proximal: Middle of the trust region, and target network of the value.

@@ -40,7 +40,8 @@ class Experience:
 
     Attributes:
         transition: State, action, outcome.
-        target: λ-return of the trajectory it came with; NaN when it came alone, and its target is a TD target.
+        target: λ-return of the trajectory it came with, under the policy that acted: the importance ratio corrects
+            for this action, not for those after it. NaN when it came alone, and its target is a TD target.
         next_graph: State after it; only of one that came alone and did not end its episode.
         terminated: Nothing follows.
         born: Optimizer steps taken when it came.
