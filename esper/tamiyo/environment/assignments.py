@@ -25,6 +25,7 @@ class AssignmentConfig:
         num_hosts: Numbers of hosts, from 0, in each family.
         prices: λ.
         budgets: Largest ratios of parameters to the host's.
+        max_steps: Longer runs are cut to so many steps, for trying things out; None keeps their lengths.
     """
 
     families: tuple[str, ...] = tuple(KNOWN)
@@ -32,6 +33,7 @@ class AssignmentConfig:
     num_hosts: int = 1000
     prices: tuple[float, ...] = PRICES
     budgets: tuple[float, ...] = BUDGETS
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("families", "prices", "budgets"):
@@ -42,6 +44,8 @@ class AssignmentConfig:
             raise ConfigError(f"no host family {', '.join(unknown)}; families are {', '.join(FAMILIES)}")
         if self.num_hosts < 1:
             raise ConfigError(f"AssignmentConfig.num_hosts must be at least 1, got {self.num_hosts}")
+        if self.max_steps is not None and self.max_steps < 20:
+            raise ConfigError(f"AssignmentConfig.max_steps must be at least 20, got {self.max_steps}")
         for family in self.families:
             sample_host(
                 family, self.split, 0
@@ -51,8 +55,9 @@ class AssignmentConfig:
 def draw_assignment(random: Random, config: AssignmentConfig) -> Assignment:
     """Draw a run."""
     family = choose(random, config.families)
+    spec = sample_host(family, config.split, integer(random, 0, config.num_hosts - 1))
     return Assignment(
-        spec=sample_host(family, config.split, integer(random, 0, config.num_hosts - 1)),
+        spec=spec if config.max_steps is None else spec.shortened(config.max_steps),
         price=choose(random, config.prices),
         budget=choose(random, config.budgets),
     )

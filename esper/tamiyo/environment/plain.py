@@ -93,7 +93,12 @@ def look_steps(spec: HostSpec, interval: float) -> list[int]:
 
 
 def train_plain(
-    spec: HostSpec, *, repeat: int = 0, model: nn.Module | None = None, follow: float | None = None
+    spec: HostSpec,
+    *,
+    repeat: int = 0,
+    model: nn.Module | None = None,
+    forward: float | None = None,
+    follow: float | None = None,
 ) -> Outcome:
     """Train the host of ``spec`` from its first step to its last.
 
@@ -101,6 +106,7 @@ def train_plain(
         spec: The run.
         repeat: Other first weights and another order.
         model: A network to train in its place, such as the final shape of a grown one with fresh weights.
+        forward: FLOPs of one forward pass of a sample, where dense layers and convolutions are not all of them.
         follow: Measure the held-out loss on the way, at the :func:`look_steps` of this interval.
     """
     started = time.perf_counter()
@@ -111,7 +117,7 @@ def train_plain(
     optimizer = make_optimizer(model, spec)
     losses, course = [], []
     followed = set() if follow is None else set(look_steps(spec, follow))
-    flops_a_step = 3.0 * forward_flops(model, first) * spec.batch_size
+    flops_a_step = 3.0 * (forward or forward_flops(model, first)) * spec.batch_size
     model.train()
     for step, factor in enumerate(rate_factors(spec)):
         x, y = stream.batch(step)

@@ -192,6 +192,16 @@ class HostSpec(msgspec.Struct, frozen=True, kw_only=True):
                     f"{self.name}: only labels of classes can be permuted or swapped, got task {self.task}"
                 )
 
+    def shortened(self, total_steps: int) -> HostSpec:
+        """The same run over at most ``total_steps`` steps, its shifts at the same shares of it."""
+        if total_steps >= self.total_steps:
+            return self
+        shift = self.shift
+        if shift is not None:
+            at = {max(1, step * total_steps // self.total_steps) for step in shift.at}
+            shift = msgspec.structs.replace(shift, at=tuple(sorted(at)))
+        return msgspec.structs.replace(self, total_steps=total_steps, shift=shift)
+
     @property
     def name(self) -> str:
         """Names the run in messages and tables: ``family/split/number``."""

@@ -155,10 +155,7 @@ def _death(process: BaseProcess, index: int) -> WorkerError:
 
 
 def _work(pipe: Connection) -> None:
-    """Work on tasks until the pipe ends."""
-    import torch
-
-    torch.set_num_threads(1)
+    """Work on tasks until the pipe ends; the environment that it was started in says to use one thread."""
     while True:
         try:
             function, task = pipe.recv()

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 import torch
+from short_hosts import short
 
 from esper.errors import CheckpointError, ConfigError, GrowthError
 from esper.tamiyo.environment.episode import Episode
-from esper.tamiyo.environment.families import KNOWN, sample_host
+from esper.tamiyo.environment.families import KNOWN
 from esper.tamiyo.environment.plain import Outcome, train_plain
-from esper.tamiyo.environment.specs import HostSpec
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.policies import make_policy
 
@@ -24,12 +24,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def short(family: str, number: int = 0, steps: int = 60) -> HostSpec:
-    spec = sample_host(family, "train", number)
-    shift = spec.shift and msgspec.structs.replace(spec.shift, at=(steps // 2,))
-    return msgspec.structs.replace(spec, total_steps=steps, batch_size=min(spec.batch_size, 32), shift=shift)
 
 
 def first(point: DecisionPoint | None, action: str = "grow") -> int:
