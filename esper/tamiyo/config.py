@@ -100,8 +100,9 @@ class TamiyoConfig:
             rate than the fresh head that they are trained with (experiments/finetune).
         journal: Where ``growth.jsonl`` goes; None for the trainer's log folder.
         experience: Path of the store (SQLite) that keeps every decision with what came of it, for runs to learn
-            from; several runs may share one. The held-out loss is then measured at every decision point. None
-            keeps nothing.
+            from; several runs may share one. The held-out loss is then measured at every decision point, and
+            charged: a pass over the held-out batches each time, which a run of a few hundred steps feels.
+            None keeps nothing.
         budget: Limits.
         probes: Measurements.
         lifecycle: Stages and gates.

@@ -13,9 +13,11 @@ from scipy.stats import rankdata
 from esper.tamiyo.rewards.config import COMPONENTS, HORIZONS, Horizon
 from esper.tamiyo.rewards.reward import Reward
 
-__all__ = ["ComponentCorrelation", "correlations", "spearman"]
+__all__ = ["LEAST_COUNT", "ComponentCorrelation", "correlations", "spearman"]
 
 _Array = NDArray[np.float64]
+LEAST_COUNT = 5
+"""Experiences below which a rank correlation is not worth its name: two always agree or disagree wholly."""
 _FEWEST = 3
 """Things to resample; fewer tell nothing of a spread."""
 
@@ -27,7 +29,8 @@ class ComponentCorrelation:
     Attributes:
         component: Of :data:`~esper.tamiyo.rewards.config.COMPONENTS`, or ``total``.
         horizon: Of the component.
-        rho: Spearman's rank correlation; None where the component or the outcome never differs.
+        rho: Spearman's rank correlation; None where the component or the outcome never differs, and for fewer than
+            :data:`LEAST_COUNT` experiences.
         low, high: Bootstrap interval; None as ``rho``, or where no resample told anything.
         count: Experiences.
         num_runs: Runs that they come from.
@@ -70,7 +73,7 @@ def correlations(
         values = np.array([[_value(rows[i][1], horizon, name) for i in kept] for name in names])
         bounds = _bootstrap(values, final[kept], groups, level, num_resamples, seed)
         for name, x, (low, high) in zip(names, values, bounds, strict=True):
-            rho = spearman(x, final[kept])
+            rho = spearman(x, final[kept]) if len(kept) >= LEAST_COUNT else None
             bounded = (None, None) if rho is None else (low, high)
             found.append(ComponentCorrelation(name, horizon, rho, *bounded, len(kept), len(set(groups))))
     return found

@@ -69,3 +69,4 @@ def test_a_single_run_is_resampled_by_its_decisions_and_none_gives_nothing():
     assert (good.rho, good.num_runs) == (1.0, 1)
     assert good.low == pytest.approx(1.0)
     assert {c.rho for c in correlations([])} == {None}
+    assert {c.rho for c in correlations(rows[:4])} == {None}  # too few to tell anything
