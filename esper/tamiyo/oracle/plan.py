@@ -10,10 +10,10 @@ from random import Random
 from esper.errors import ConfigError
 from esper.tamiyo.environment.config import BUDGETS
 from esper.tamiyo.environment.families import sample_host
-from esper.tamiyo.environment.specs import HostSpec, ShakespeareTask, Split, TextTask, derived_seed
+from esper.tamiyo.environment.specs import HostSpec, Split, derived_seed
 from esper.tamiyo.oracle.records import Moment
 
-__all__ = ["Quota", "StatePlan", "plan_states"]
+__all__ = ["GROWN_AT", "Quota", "StatePlan", "plan_states"]
 
 Quota = Mapping[str, Mapping[Split, int]]
 """Family -> split -> states, each of a host of its own."""
@@ -28,7 +28,7 @@ _SHARES: Mapping[Moment, tuple[float, float]] = {
 }
 """Share of the run at which the state lies; after a shift, share of the run since the shift."""
 
-_GROWN_AT = 0.05
+GROWN_AT = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ def plan_states(quota: Quota, *, most_steps: int | None = None) -> list[StatePla
 
     Args:
         quota: What is wanted.
-        most_steps: Pass over hosts whose runs are longer, to afford more of them; but neither over runs whose data
-            shift, all of which are long, nor over language models, whose length is set by the tokens that they
-            see, on which it depends whether growth pays.
+        most_steps: Pass over hosts whose runs are longer, to afford more of them; but not over runs whose data
+            shift, all of which are long. Of language models those that see most tokens a parameter are lost.
 
     Raises:
         ConfigError: A family or a split that does not exist, or a negative count.
@@ -77,8 +76,7 @@ def plan_states(quota: Quota, *, most_steps: int | None = None) -> list[StatePla
 def _hosts(family: str, split: Split, most_steps: int | None) -> Iterator[HostSpec]:
     for number in count():
         spec = sample_host(family, split, number)
-        exempt = spec.shift is not None or isinstance(spec.task, TextTask | ShakespeareTask)
-        if most_steps is None or exempt or spec.total_steps <= most_steps:
+        if most_steps is None or spec.shift is not None or spec.total_steps <= most_steps:
             yield spec
 
 
@@ -100,4 +98,4 @@ def _plan(spec: HostSpec) -> StatePlan:
         assert spec.shift is not None
         step += spec.shift.at[int(random.random() * len(spec.shift.at))]
         return StatePlan(spec, moment, min(step, total - 1), budget)
-    return StatePlan(spec, moment, step, budget, round(_GROWN_AT * total) if moment == "grown" else None)
+    return StatePlan(spec, moment, step, budget, round(GROWN_AT * total) if moment == "grown" else None)
