@@ -1,0 +1,1 @@
+"""The knowledge: who should do a task, what it will cost, what happened before. For texts and for growth alike."""
