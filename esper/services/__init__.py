@@ -1,0 +1,1 @@
+"""Services under the names of the design documents."""
