@@ -55,12 +55,16 @@ def run_double_rate(spec: HostSpec, *, repeat: int = 0) -> Outcome:
     return train_plain(faster, repeat=repeat)
 
 
-def run_from_scratch(episode: Episode) -> Outcome:
-    """Train the shape that a finished episode arrived at from the first step, for as many steps.
+def run_from_scratch(episode: Episode, spec: HostSpec | None = None) -> Outcome:
+    """Train the shape that a finished episode arrived at from the first step.
 
     The host has its first weights again, and what was grown the weights that a new net's layers have.
+
+    Args:
+        episode: Finished.
+        spec: The same run over another number of steps; the episode's own if None.
     """
-    spec, repeat = episode.spec, episode.repeat
+    spec, repeat = spec or episode.spec, episode.repeat
     model = _fresh(episode, spec, repeat)
     return train_plain(spec, repeat=repeat, model=model, forward=float(episode.body.flops))
 
