@@ -10,6 +10,7 @@ from pathlib import Path
 
 from esper.errors import EsperError
 from esper.experiences_command import add_experiences
+from esper.learn_command import add_learn
 
 __all__ = ["main", "print_error"]
 
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add_experiences(
         commands.add_parser("experiences", help="look into a store of decisions and outcomes, or export it")
     )
+    add_learn(commands.add_parser("learn", help="learn the policy that decides about growth"))
     doctor = commands.add_parser(
         "doctor",
         help="tell what can grow in a model, what cannot and why, what conflicts, and what growth could cost",
@@ -212,6 +214,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from esper.experiences_command import experiences
 
         return experiences(options)
+    elif options.command == "learn":
+        from esper.learn_command import learn
+
+        return learn(options)
     elif options.command == "doctor":
         from esper.doctor import doctor
 
