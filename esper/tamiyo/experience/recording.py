@@ -63,14 +63,15 @@ class ExperienceRecorder:
         """Whether recording was given up."""
         self._open: list[tuple[str, list[Decision]]] = []
         self._open_step = -1
-        self._horizons: list[int] = []
+        self._due: list[tuple[int, str]] = []
 
     def observe(self, observation: Observation) -> None:
         """Write down how the run stands at a decision point; outcomes of horizons that are over follow."""
         self._try(self.store.observe, self.run_id, observation)
-        if self._horizons and observation.step >= self._horizons[0]:
-            self._horizons = [step for step in self._horizons if step > observation.step]
-            self._try(settle, self.store, self.run_id, self._computer, over=False)
+        due = {decision_id for step, decision_id in self._due if step <= observation.step}
+        if due:
+            self._due = [entry for entry in self._due if entry[0] > observation.step]
+            self._try(settle, self.store, self.run_id, self._computer, over=False, only=due)
 
     def decided(self, facts: DecisionFacts, answers: Sequence[Decision]) -> None:
         """Write down a decision.
@@ -84,9 +85,12 @@ class ExperienceRecorder:
         self._open_step = facts.point.run.step
         self._open.append((facts.decision_id, list(answers)))
         self._try(self.store.add_decision, facts)
+        if facts.candidate.action == "wait":
+            return  # earns nothing at any horizon; the end of the run is time enough to say so
         total, config = facts.point.run.total_steps, self._computer.config
-        ends = {facts.point.run.step + round(config.horizon_share(h) * total) for h in HORIZONS[:-1]}
-        self._horizons = sorted({*self._horizons, *(end for end in ends if end < total)})
+        for horizon in HORIZONS[:-1]:
+            end = facts.point.run.step + round(config.horizon_share(horizon) * total)
+            self._due.append((end, facts.decision_id))
 
     def hear(self, event: Event) -> None:
         """Take what happened in the run: a listener of :class:`~esper.tamiyo.recorder.Recorder`."""

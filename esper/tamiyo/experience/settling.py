@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from esper.errors import DataFormatError
 from esper.tamiyo.experience.records import Experience, Incident, Observation, OutcomeFacts
@@ -17,7 +17,12 @@ __all__ = ["measured", "settle"]
 
 
 def settle(
-    store: ExperienceStore, run_id: str, computer: RewardComputer | None = None, *, over: bool = True
+    store: ExperienceStore,
+    run_id: str,
+    computer: RewardComputer | None = None,
+    *,
+    over: bool = True,
+    only: Collection[str] | None = None,
 ) -> int:
     """Write down the outcomes of a run's decisions as far as they are known; those that are final stay.
 
@@ -30,17 +35,18 @@ def settle(
         run_id: Of the run.
         computer: Of rewards.
         over: The run has ended.
+        only: Ids of the decisions to look at; all of the run when None.
 
     Returns:
-        Outcomes written.
+        Outcomes written, all in one transaction.
     """
     computer = computer or RewardComputer()
     observations = {o.step: o for o in store.observations(run_id)}
     seen = sorted(observations.values(), key=lambda o: o.step)
     incidents = store.incidents(run_id)
     known: set[str] = set()
-    written = 0
-    for experience in store.iterate(run_id=run_id):
+    found: dict[str, OutcomeFacts] = {}
+    for experience in store.iterate(run_id=run_id) if only is None else filter(None, map(store.get, only)):
         if experience.outcome is not None and experience.outcome.final:
             reward = experience.outcome.reward
         else:
@@ -50,12 +56,10 @@ def settle(
             reward = computer.compute(outcome, over=over, known=known)
             if reward is None and not over:
                 continue  # there will be more to see
-            written += store.add_outcome(
-                experience.decision.decision_id, OutcomeFacts(measured=outcome, reward=reward)
-            )
+            found[experience.decision.decision_id] = OutcomeFacts(measured=outcome, reward=reward)
         if reward is not None and reward.new_kind:
             known.add(reward.new_kind)
-    return written
+    return store.add_outcomes(found) if found else 0
 
 
 def measured(

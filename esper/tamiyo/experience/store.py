@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -142,24 +142,25 @@ class ExperienceStore:
             ConfigError: There is no such decision, or the outcome would not read back.
             StoreError: It could not be written.
         """
-        try:
-            msgspec.convert(msgspec.to_builtins(outcome), OutcomeFacts)
-        except (msgspec.MsgspecError, TypeError) as error:
-            raise ConfigError(f"the outcome of {decision_id!r} cannot be stored: {error}") from error
-        reward = outcome.reward
+        return bool(self.add_outcomes({decision_id: outcome}))
+
+    def add_outcomes(self, several: Mapping[str, OutcomeFacts]) -> int:
+        """Write down what came of decisions, by id, in one transaction: all or none.
+
+        Returns:
+            How many did not have a final outcome already.
+
+        Raises:
+            ConfigError: There is no such decision, or an outcome would not read back. Nothing is written.
+            StoreError: They could not be written.
+        """
+        for decision_id, outcome in several.items():
+            try:
+                msgspec.convert(msgspec.to_builtins(outcome), OutcomeFacts)
+            except (msgspec.MsgspecError, TypeError) as error:
+                raise ConfigError(f"the outcome of {decision_id!r} cannot be stored: {error}") from error
         with self._file.writing() as db:
-            if not db.execute("SELECT 1 FROM decisions WHERE decision_id = ?", (decision_id,)).fetchone():
-                raise self._unknown(decision_id)
-            written = db.execute(
-                "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (decision_id) DO UPDATE SET "
-                "provenance = excluded.provenance, final = excluded.final, total = excluded.total, "
-                "utility = excluded.utility, facts = excluded.facts WHERE NOT final",
-                (
-                    decision_id, outcome.measured.provenance, outcome.final, None if reward is None else reward.total,
-                    None if reward is None else reward.utility, pack(outcome),
-                ),
-            )  # fmt: skip
-            return bool(written.rowcount)
+            return sum(self._add_outcome(db, *item) for item in several.items())
 
     def observe(self, run_id: str, observation: Observation) -> bool:
         """Write down how a run stood; False when that step of it stands there already."""
@@ -337,6 +338,21 @@ class ExperienceStore:
             ),
         )  # fmt: skip
         return True
+
+    def _add_outcome(self, db: sqlite3.Connection, decision_id: str, outcome: OutcomeFacts) -> bool:
+        if not db.execute("SELECT 1 FROM decisions WHERE decision_id = ?", (decision_id,)).fetchone():
+            raise self._unknown(decision_id)
+        reward = outcome.reward
+        written = db.execute(
+            "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (decision_id) DO UPDATE SET "
+            "provenance = excluded.provenance, final = excluded.final, total = excluded.total, "
+            "utility = excluded.utility, facts = excluded.facts WHERE NOT final",
+            (
+                decision_id, outcome.measured.provenance, outcome.final, None if reward is None else reward.total,
+                None if reward is None else reward.utility, pack(outcome),
+            ),
+        )  # fmt: skip
+        return bool(written.rowcount)
 
     def _know_run(self, db: sqlite3.Connection, run_id: str, started: float) -> None:
         db.execute("INSERT OR IGNORE INTO runs (run_id, started) VALUES (?, ?)", (run_id, started))

@@ -40,7 +40,7 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
         utility: At the furthest horizon.
         horizons: Those that are over, by name.
         provenance: ``itself`` (WAIT), ``control``, or ``fitted ± se`` with the standard error in nats at the end.
-        final: Every horizon that has a weight is over, so ``total`` will not change.
+        final: Every horizon is over, so nothing here will change.
         new_kind: Kind of adaptation that succeeded for the first time; empty otherwise. Give it as
             ``known`` from now on in the same run.
     """
@@ -115,9 +115,8 @@ class RewardComputer:
             return None
         weighed = [h for h in HORIZONS if self.config.horizon_weight(h) > 0]
         furthest = list(reached)[-1]
-        final = all(h in reached for h in weighed)
         total = reached[furthest].total
-        if final:
+        if all(h in reached for h in weighed):
             weights = {h: self.config.horizon_weight(h) for h in weighed}
             total = sum(w * reached[h].total for h, w in weights.items()) / sum(weights.values())
         new = bool(furthest == HORIZONS[-1] and reached[furthest].components["innovation"] > 0)
@@ -126,7 +125,7 @@ class RewardComputer:
             utility=reached[furthest].utility,
             horizons=reached,
             provenance=outcome.provenance,
-            final=final,
+            final=len(reached) == len(HORIZONS),
             new_kind=kind_of(outcome.candidate) if new else "",
         )
 
