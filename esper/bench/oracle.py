@@ -34,11 +34,12 @@ def run(
 
     Returns:
         ``states`` and ``runs``; ``reliability_L`` and ``reliability_within_L`` at price L. For each split S, with
-        utilities in nats against WAIT as means over hosts: ``S_states``, ``S_hosts``, ``S_L_oracle``,
-        ``S_L_rule`` (the rule that is best on the validation split), ``S_L_headroom`` between them with ``_low``
-        and ``_high``, the medians over states ``S_L_oracle_median`` and ``S_L_rule_median``, ``S_L_accuracy`` of that
-        rule and of the oracle (``S_L_oracle_accuracy``), ``S_L_wait_best`` (share of states in which no action pays),
-        and ``S_L_headroom_no_shortcut``.
+        utilities in nats against WAIT as means over hosts: ``S_states``, ``S_hosts``, ``S_L_oracle`` (picked on
+        half of the repeats, scored on the other half) and ``S_L_oracle_in_sample``, ``S_L_rule`` (the rule that is
+        best on the validation split), ``S_L_headroom`` between the oracle and it with ``_low`` and ``_high``, the
+        medians over states ``S_L_oracle_median`` and ``S_L_rule_median``, ``S_L_accuracy`` of that rule and
+        ``S_L_oracle_accuracy``, ``S_L_wait_best`` (share of states in which no action pays on a second look), and
+        ``S_L_headroom_no_shortcut``.
 
     Raises:
         DataNotFoundError: There is no table.
@@ -46,7 +47,7 @@ def run(
         MissingExtraError: pyarrow is not installed.
     """
     from esper.tamiyo.oracle.splits import of_split
-    from esper.tamiyo.oracle.survey import UNTUNED, survey
+    from esper.tamiyo.oracle.survey import IN_SAMPLE, UNTUNED, survey
     from esper.tamiyo.oracle.table import read_table
 
     records = read_table(Path(table) if table else TABLE)
@@ -72,6 +73,7 @@ def run(
                 f"{split}_{price:g}_{name}": value
                 for name, value in (
                     ("oracle", oracle.utility.mean),
+                    ("oracle_in_sample", found.row(split, "", price, True, IN_SAMPLE).judgement.utility.mean),
                     ("oracle_median", oracle.median),
                     ("rule", rule.utility.mean),
                     ("rule_median", rule.median),

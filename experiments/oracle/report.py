@@ -12,7 +12,7 @@ from esper.tamiyo.environment.specs import SPLITS
 from esper.tamiyo.oracle.analysis import PRICES
 from esper.tamiyo.oracle.records import StateRecord
 from esper.tamiyo.oracle.rules import RULES
-from esper.tamiyo.oracle.survey import ORACLE, UNTUNED, Survey, survey
+from esper.tamiyo.oracle.survey import IN_SAMPLE, ORACLE, UNTUNED, Survey, survey
 from esper.tamiyo.oracle.table import read_table
 
 TABLE = Path(__file__).parent / "table"
@@ -77,6 +77,7 @@ def headroom(found: Survey) -> None:
                 f"{split} {family}".strip(),
                 oracle.utility.num,
                 interval(oracle.utility),
+                f"{found.row(split, family, price, True, IN_SAMPLE).judgement.utility.mean:.3f}",
                 f"{oracle.median:.3f}",
                 f"{rule.chooser}({rule.options})",
                 interval(rule.judgement.utility),
@@ -101,7 +102,7 @@ def rules(found: Survey, split: str, price: float) -> None:
         "waits",
         "gain without shortcut",
     )
-    for name in (ORACLE, *RULES):
+    for name in (IN_SAMPLE, ORACLE, *RULES):
         own = found.row(split, "", price, True, name)
         bare = found.row(split, "", price, False, name).judgement.utility.mean
         judged = own.judgement

@@ -30,6 +30,7 @@ __all__ = [
     "difference_stderr",
     "half_splits",
     "judge",
+    "judge_in_sample",
     "judge_oracle",
     "over_hosts",
     "reliability",
@@ -43,6 +44,9 @@ PRICES = (0.0, 0.03, 0.1, 0.3)
 WITHIN = 0.1
 """A choice is accurate when it loses no more than this share of the best utility (and no more than noise)."""
 
+_RESAMPLES = 2_000
+"""A survey takes thousands of intervals."""
+
 Choose = Callable[[DecisionPoint], int]
 Values = NDArray[np.float64]
 
@@ -54,7 +58,8 @@ class Judgement:
     Attributes:
         utility: Mean over hosts.
         median: Over states.
-        regret: Oracle minus chooser, mean over hosts.
+        regret: Oracle (:func:`judge_oracle`) minus chooser, mean over hosts; below zero for a chooser that is surer
+            of the best candidate than half of the repeats are.
         accuracy: Share of states in which the choice is within 10 % of the best mean utility, or within one
             standard error of a difference between two candidates of that state.
         strict: The same without the allowance for noise; where WAIT is best only choices level with it count.
@@ -83,7 +88,7 @@ def judge(records: Sequence[StateRecord], choose: Choose, price: float) -> Judge
         DataFormatError: It chose what is not available, or there are no states.
     """
     chosen = [_ask(choose, record, price) for record in records]
-    return _judged(records, price, [[index] for index in chosen], [utilities(r, price) for r in records])
+    return _judged(records, [[index] for index in chosen], [utilities(r, price) for r in records])
 
 
 def judge_oracle(records: Sequence[StateRecord], price: float) -> Judgement:
@@ -101,11 +106,21 @@ def judge_oracle(records: Sequence[StateRecord], price: float) -> Judgement:
         halves = half_splits(record.num_repeats)
         picks.append([_best(table[:, list(pick)]) for pick, _ in halves])
         scored.append(table)
-    return _judged(records, price, picks, scored)
+    return _judged(records, picks, scored)
+
+
+def judge_in_sample(records: Sequence[StateRecord], price: float) -> Judgement:
+    """Judge the candidate that is best in all repeats by the same repeats: what no chooser can pass.
+
+    It takes the luck of the repeats for worth, and :func:`judge_oracle` picks by half of them only; what the best
+    choice is really worth lies between the two.
+    """
+    tables = [utilities(record, price) for record in records]
+    return _judged(records, [[_best(table)] for table in tables], tables)
 
 
 def _judged(
-    records: Sequence[StateRecord], price: float, picks: Sequence[Sequence[int]], tables: Sequence[Values]
+    records: Sequence[StateRecord], picks: Sequence[Sequence[int]], tables: Sequence[Values]
 ) -> Judgement:
     utility, regret, near, strict, waits = [], [], [], [], []
     for record, picked, table in zip(records, picks, tables, strict=True):
@@ -233,7 +248,7 @@ def half_splits(repeats: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def over_hosts(records: Sequence[StateRecord], values: Sequence[float]) -> Estimate:
     """Mean over hosts of a value of each state, with an interval over hosts."""
-    return bootstrap_mean(_by_host(records, values))
+    return bootstrap_mean(_by_host(records, values), resamples=_RESAMPLES)
 
 
 def _by_host(records: Sequence[StateRecord], values: Sequence[float]) -> list[float]:

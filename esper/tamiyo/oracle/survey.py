@@ -15,6 +15,7 @@ from esper.tamiyo.oracle.analysis import (
     Judgement,
     best_rule,
     judge,
+    judge_in_sample,
     judge_oracle,
     reliability,
     tune,
@@ -24,9 +25,9 @@ from esper.tamiyo.oracle.records import StateRecord, restrict, uses_shortcut
 from esper.tamiyo.oracle.rules import Rule
 from esper.tamiyo.oracle.splits import of_split
 
-__all__ = ["ORACLE", "UNTUNED", "Row", "Survey", "survey"]
+__all__ = ["IN_SAMPLE", "ORACLE", "UNTUNED", "Row", "Survey", "survey"]
 
-ORACLE = "oracle"
+ORACLE, IN_SAMPLE = "oracle", "oracle in sample"
 UNTUNED = "train+test"
 """Hosts that the rules' options were not chosen on: what the rules are judged by in known families."""
 
@@ -40,7 +41,7 @@ class Row:
         family: Of the states; empty for all families of the split.
         price: λ.
         shortcut: Whether long ways around were offered.
-        chooser: ``oracle`` or a rule's name.
+        chooser: ``oracle``, ``oracle in sample`` (scored where it was picked), or a rule's name.
         options: Of the rule, as chosen on the validation split.
         best: It is the best rule of the validation split at this price.
         judgement: How it did.
@@ -148,7 +149,10 @@ def _rows(
     price: float,
     shortcut: bool,
 ) -> list[Row]:
-    rows = [Row(split, family, price, shortcut, ORACLE, "", False, judge_oracle(group, price))]
+    rows = [
+        Row(split, family, price, shortcut, name, "", False, judged(group, price))
+        for name, judged in ((ORACLE, judge_oracle), (IN_SAMPLE, judge_in_sample))
+    ]
     for name, rule in tuned.items():
         judgement = judge(group, rule.choose, price)
         rows.append(Row(split, family, price, shortcut, name, rule.options, rule is best, judgement))

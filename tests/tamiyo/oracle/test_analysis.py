@@ -14,6 +14,7 @@ from esper.tamiyo.oracle.analysis import (
     best_rule,
     half_splits,
     judge,
+    judge_in_sample,
     judge_oracle,
     over_hosts,
     reliability,
@@ -49,6 +50,9 @@ def test_the_oracle_is_scored_where_it_was_not_picked() -> None:
     assert judgement.regret.mean == 0.0
     assert judgement.strict.mean == 0.0  # neither is within 10 % of the best of the other half
     assert judgement.wait == 0.0
+    upper = judge_in_sample([make_record(0, losses)], price=0.0)
+    assert upper.utility.mean == pytest.approx(0.25)  # candidate 2 over both repeats
+    assert upper.strict.mean == 1.0
 
 
 def test_a_chooser_is_judged_by_all_repeats_and_against_the_oracle() -> None:
