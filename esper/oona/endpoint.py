@@ -24,7 +24,7 @@ from esper.oona.doorman import doorman_of_process
 from esper.oona.keys import Keys
 from esper.oona.runs import Role, announce, reserve
 
-__all__ = ["Endpoint", "inproc_address", "new_socket"]
+__all__ = ["Endpoint", "inproc_address", "is_taken", "new_socket"]
 
 _LOG = logging.getLogger("esper.oona")
 _HARD_LIMIT_FACTOR = 4
@@ -224,7 +224,7 @@ def _bind_one(socket: zmq.Socket[bytes], address: str) -> str:
     deadline = time.monotonic() + _REBIND_S
     while True:
         try:
-            if address.startswith("ipc://") and _is_taken(address):
+            if address.startswith("ipc://") and is_taken(address):
                 raise zmq.ZMQError(zmq.EADDRINUSE)
             socket.bind(address)
             break
@@ -250,7 +250,7 @@ def _local(address: str) -> str:
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
-def _is_taken(address: str) -> bool:
+def is_taken(address: str) -> bool:
     """Whether somebody listens on a socket file: ZeroMQ would silently take the path over from them."""
     with stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ import zmq
 
 from esper.errors import ConfigError
 from esper.oona.doorman import Doorman
+from esper.oona.endpoint import is_taken
 from esper.oona.keys import Keys
 from esper.tamiyo.service.config import ServiceConfig
 from esper.tamiyo.service.deciders import Decider, make_decider
@@ -101,11 +103,17 @@ class DecisionServer:
         else:
             self._doorman = None
         try:
+            if config.address.startswith("ipc://") and is_taken(config.address):
+                raise zmq.ZMQError(
+                    zmq.EADDRINUSE
+                )  # ZeroMQ would take the path over from whoever listens there
             socket.bind(config.address)
         except zmq.ZMQError as error:
             raise ConfigError(
                 f"expected to bind {config.address}, but: {zmq.strerror(error.errno or 0)}; choose another address"
             ) from error
+        if config.address.startswith("ipc://"):
+            self._closing.callback(Path(config.address.removeprefix("ipc://")).unlink, missing_ok=True)
         self._closing.callback(socket.close)
         self.address = str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
         self._bound = True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,10 +16,9 @@ from typing import Any
 import pytest
 import zmq
 from service_points import make_point, make_topology
-from service_processes import Served
 from service_threads import QUICK, serving, wait_for
 
-from esper.errors import ConfigError
+from esper.errors import ConfigError, MissingExtraError
 from esper.oona.keys import create_keys, trust_client, trust_server
 from esper.tamiyo.experience.store import ExperienceStore
 from esper.tamiyo.service.client import ServiceClient
@@ -127,6 +127,28 @@ def test_an_address_in_use_is_said(tmp_path: Path) -> None:
         )
 
 
+def test_a_socket_file_serves_one_and_is_gone_afterwards(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="esper-") as short:
+        address = f"ipc://{short}/s"
+        with serving(tmp_path, address=address), ServiceClient(address, "run") as client:
+            assert isinstance(decide(client, 1), Answer)
+            with pytest.raises(ConfigError, match="Address already in use"):
+                DecisionServer(
+                    ServiceConfig(**(QUICK | {"address": address, "store": str(tmp_path / "y.db")}))
+                )
+        assert not os.listdir(short)
+
+
+def test_metrics_without_their_extra_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("prometheus_client", "prometheus_client.exposition"):
+        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    settings = QUICK | {"store": str(tmp_path / "x.db"), "http_address": "127.0.0.1:0"}
+    with pytest.raises(MissingExtraError, match=r'pip install "esper\[serve\]"'):
+        DecisionServer(ServiceConfig(**settings))
+    with serving(tmp_path) as service, ServiceClient(service.address, "run") as client:
+        assert isinstance(decide(client, 1), Answer)  # without /metrics nothing needs it
+
+
 def test_health_and_metrics_are_served(tmp_path: Path) -> None:
     def get(path: str) -> tuple[int, str]:
         assert service.web is not None
@@ -216,27 +238,3 @@ def test_a_run_that_cannot_be_heard_is_forgotten_and_registers_again(tmp_path: P
             assert service.desk.runs.get("run") is not None
             service.desk.runs.remove("run")
             assert isinstance(decide(client, 2), Answer)
-
-
-def test_a_killed_service_loses_nothing_and_its_runs_find_it_again(tmp_path: Path) -> None:
-    served = Served(tmp_path)
-    try:
-        with ServiceClient(f"tcp://127.0.0.1:{served.port}", "run") as client:
-            first = decide(client, 1)
-            assert isinstance(first, Answer)
-            assert served.end(signal.SIGKILL)[0] == -signal.SIGKILL
-            wait_for(lambda: client.state.startswith("lost"), "the loss to be noticed")
-            client.ask("run:2", 2, make_point("run", 2))
-            assert not client.answered
-            served = Served(tmp_path, served.port)
-            wait_for(lambda: client.answered, "the answer of the new service")
-            assert [a.request_id for a in client.take()] == ["run:2"]
-            assert decide(client, 1) == first
-        status, text = served.end(signal.SIGTERM)
-        assert status == 0, text
-        assert "ending after 1 decisions" in text
-    finally:
-        served.kill()
-    with ExperienceStore(tmp_path / "x.db", readonly=True) as store:
-        assert [e.decision.decision_id for e in store.iterate()] == ["run:1", "run:2"]
-        store.check()
