@@ -32,6 +32,7 @@ __all__ = ["SoakLoop", "serving", "soak_loop"]
 
 _SIGNALS = 500
 _PATIENCE_S = 20.0
+_WARM_UP = 50
 
 
 class SoakLoop:
@@ -59,8 +60,13 @@ class SoakLoop:
         self._network = network
         self._adaptations = 0
 
-    async def turn(self) -> float:
-        """One cycle; milliseconds from publishing to the decision."""
+    async def warm_up(self) -> None:
+        """Connect everything, and let what the service remembers of its last questions fill up."""
+        for _ in range(_WARM_UP):
+            await self.turn(ask=True)
+
+    async def turn(self, *, ask: bool = False) -> float:
+        """One cycle; milliseconds from publishing to the decision. ``ask`` the service in any case."""
         began = time.perf_counter()
         wanted = self.collector.statistics.messages
         for message in self.host.messages():
@@ -76,7 +82,7 @@ class SoakLoop:
         if self._network.make_decision(state, self._adaptations) is not None:
             self._adaptations += 1
         latency_ms = 1000 * (time.perf_counter() - began)
-        if self.host.cycle % self._ask_every == 0:
+        if ask or self.host.cycle % self._ask_every == 0:
             await self._ask(state)
         return latency_ms
 
