@@ -165,7 +165,7 @@ def serving(folder: Path, decider: str, network: TamiyoNetwork) -> Iterator[str]
         thread.join(_PATIENCE_S)
 
 
-async def _until(condition: Callable[[], bool], what: str, *, pause_s: float = 0.0) -> None:
+async def _until(condition: Callable[[], bool], what: str, *, pause_s: float = 2e-4) -> None:
     deadline = time.perf_counter() + _PATIENCE_S
     while not condition():
         if time.perf_counter() > deadline:
