@@ -40,13 +40,13 @@ QUIET = CollectionConfig(normal_every=1)
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await test()
 
     asyncio.run(bounded())
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -507,9 +507,10 @@ def test_silence_is_an_alert_and_statistics_go_to_the_log(caplog: pytest.LogCapt
         config = CollectionConfig(silence_s=0.05, alert_interval_s=0.02, report_interval_s=0.1)
         async with collecting(config=config) as (collector, [publisher]):
             await until(lambda: "silence" in collector.get_collection_stats().alerts)
-            publisher.publish(batch(signal()))
-            await until(lambda: "silence" not in collector.get_collection_stats().alerts)
-            await until(lambda: "1 signals of 1 runs" in caplog.text)
+            while "silence" in collector.get_collection_stats().alerts:
+                publisher.publish(batch(signal()))
+                await asyncio.sleep(0.001)
+            await until(lambda: "signals of 1 runs" in caplog.text)
 
     with caplog.at_level(logging.INFO, "esper.tamiyo.collection"):
         run(test)
@@ -537,15 +538,16 @@ def test_the_loop_is_never_held_for_long_under_a_flood() -> None:
 
                 thread = threading.Thread(target=flood)
                 thread.start()
-                turns, deadline = 0, time.monotonic() + 0.5
-                while time.monotonic() < deadline:
+                most, before, deadline = 0, 0, time.monotonic() + 20
+                while collector.statistics.received < 20_000 and time.monotonic() < deadline:
                     await asyncio.sleep(0)
-                    turns += 1
+                    now = collector.statistics.messages
+                    most, before = max(most, now - before), now
                 ending.set()
                 thread.join()
                 stats = collector.get_collection_stats()
-                assert turns > 10
-                assert stats.received > 5000
+                assert 0 < most <= collector.config.poll_messages
+                assert stats.received >= 20_000
                 assert stats.passed < 0.2 * stats.received
 
     run(test)
@@ -568,7 +570,7 @@ def test_the_document_calls_it_thus() -> None:
         ):
             health_collector = HealthCollector(oona_client, buffer_size=50000)
             begun: Awaitable[None] = health_collector.start_intelligent_collection()
-            await asyncio.wait_for(begun, 1.0)
+            await asyncio.wait_for(begun, 10.0)
             publisher.wait_for_subscriber(TOPICS["health"], timeout_s=5)
             publisher.publish(SignalBatch.of("run", 1, 0, [signal()], time.time()))
             await until(lambda: len(health_collector.signal_buffer) or health_collector.statistics.available)
