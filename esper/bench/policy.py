@@ -76,8 +76,9 @@ def run(
         tune: Play all variants of all rules on validation hosts instead, and choose among them.
         quick: Two digits hosts, two arms, short runs, no learned policy.
         out: JSON file for the figures and every run. Beside it lie the same name with ``.jsonl``, from which an
-            interrupted call goes on, ``.md`` with tables, and ``.png``. With ``tune`` it is the choice itself that
-            is written, to be committed as ``esper/tamiyo/judging/rules.json``.
+            interrupted call goes on, and which says nothing that the JSON does not; ``.md`` with tables; and
+            ``.png``. With ``tune`` it is the choice itself that is written, to be committed as
+            ``esper/tamiyo/judging/rules.json``.
 
     Returns:
         For each group G (``fresh``, ``sealed``) and arm A: ``G_A_utility`` with ``_low`` and ``_high``,
@@ -101,7 +102,7 @@ def run(
 
     if quick:
         families, hosts, repeats, weights, value_weights = ("digits_mlp",), 2, 1, "", ""
-        arms, max_steps = ("shortcut",), max_steps or 60
+        arms, max_steps = ("shortcut",), max_steps or 150
     if minutes < 0 or max_steps < 0:
         raise ConfigError(f"minutes and max_steps should not be negative, got {minutes} and {max_steps}")
     if out and not Path(out).resolve().parent.is_dir():

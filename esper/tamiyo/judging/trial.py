@@ -92,8 +92,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing was grown or recycled."""
-        return self.germinated == 0 and self.recycled == 0
+        """Whether nothing was grown or recycled, nor was there from the start."""
+        grown = self.num_parameters != self.host_parameters
+        return not (grown or self.germinated or self.recycled)
 
 
 def utility(trial: Trial, none: Trial, *, price: float | None = None) -> float:
