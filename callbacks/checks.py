@@ -158,7 +158,8 @@ def _refuse(refused: list[Conflict]) -> None:
 
 
 def _strategy(setup: Setup) -> Iterator[Conflict]:
-    for what, why, way_out in strategy_conflicts(setup.trainer, setup.module):
+    config = next((c.config for c in setup.callbacks if isinstance(c, setup.callback_type)), None)  # type: ignore[attr-defined]
+    for what, why, way_out in strategy_conflicts(setup.trainer, setup.module, config):
         yield Conflict(what, why, way_out)
 
 

@@ -20,8 +20,10 @@ from torchmetrics import Metric
 from esper.callbacks.distributed import ProcessRanks, wrap_again
 from esper.callbacks.held_out import first_batches
 from esper.callbacks.run_length import estimated_steps
+from esper.callbacks.sharding import shards
 from esper.errors import GrowthError, UnsupportedError
 from esper.kasmina.optimizer import unwrap
+from esper.kasmina.sharded import fill_new_state, put_at_rest
 from esper.kasmina.trace import preserved
 from esper.tamiyo.config import TamiyoConfig
 from esper.tamiyo.ranks import Ranks
@@ -126,8 +128,11 @@ class LightningRun:
         return BatchLoss(self, self.last_batch, 0, moved=True)
 
     def structure_changed(self) -> None:
-        """Let DDP know of it; the optimizers were told by whoever changed the structure."""
+        """Let DDP or FSDP2 know of it; the optimizers were told by whoever changed the structure."""
         wrap_again(self.trainer.strategy, self.module)
+        if shards(self.trainer):
+            for optimizer in self.optimizers:
+                fill_new_state(optimizer)
 
     def check_alike(self, config: TamiyoConfig, sites: Sequence[str]) -> None:
         """Make sure that every process trains the same model with the same settings.
@@ -190,6 +195,8 @@ class LightningRun:
                 batch = module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
                 batch = self.trainer.strategy.batch_to_device(batch)
             output = step(batch, *arguments)
+        if shards(self.trainer) and not torch.is_grad_enabled():
+            put_at_rest(module)  # what follows tells parameters by identity
         value = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(value, Tensor):
             raise UnsupportedError(

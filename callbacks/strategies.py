@@ -15,12 +15,18 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from esper.callbacks.sharding import shards, untried
 from esper.kasmina.loading import GrowableMixin
 from esper.kasmina.structure import follows_state_dict
+from esper.tamiyo.config import TamiyoConfig
 
 __all__ = ["sharding_conflicts", "strategy_conflicts"]
 
 _WAY_OUT = "use strategy='ddp' or one device"
+_OPT_IN = (
+    ", or TamiyoCallback(policy='schedule', sharded='experimental') to let each seed be sharded by itself "
+    "(esper/docs/sharding.md: what works and what does not)"
+)
 _SHARDED = "it shards the parameters when training starts, and a seed that comes later would not be sharded with them"
 _REFUSED: dict[type, str] = {
     FSDPStrategy: _SHARDED,
@@ -29,12 +35,15 @@ _REFUSED: dict[type, str] = {
 }
 
 
-def strategy_conflicts(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, str, str]]:
+def strategy_conflicts(
+    trainer: L.Trainer, module: L.LightningModule, config: TamiyoConfig | None = None
+) -> Iterator[tuple[str, str, str]]:
     """What about a trainer's strategy does not go together with growth.
 
     Args:
         trainer: As the user configured it.
         module: The module to train.
+        config: Of the callback that is to grow it; the default settings when None.
 
     Yields:
         What, why, and the way out.
@@ -43,10 +52,12 @@ def strategy_conflicts(trainer: L.Trainer, module: L.LightningModule) -> Iterato
     name = f"the strategy {type(strategy).__name__}"
     if isinstance(strategy, DDPStrategy):
         yield from _ddp_conflicts(strategy, module)
+    elif shards(trainer) and config is not None and config.sharded == "experimental":
+        yield from untried(trainer, module, config)
     elif not isinstance(strategy, SingleDeviceStrategy):
         why = next((why for kind, why in _REFUSED.items() if isinstance(strategy, kind)), "")
-        watch = "" if why else ", or policy='off' to watch only"
-        yield name, why or "nobody has tried whether seeds stay the same on all its devices", _WAY_OUT + watch
+        other = _OPT_IN if shards(trainer) else "" if why else ", or policy='off' to watch only"
+        yield name, why or "nobody has tried whether seeds stay the same on all its devices", _WAY_OUT + other
     elif strategy.root_device.type == "xla":
         yield (
             name,

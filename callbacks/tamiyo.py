@@ -28,6 +28,7 @@ from esper.callbacks.loaders import generator_states, resume_loaders, warn_of_lo
 from esper.callbacks.networks import keep_apart
 from esper.callbacks.random_state import random_state, set_random_state
 from esper.callbacks.records import Records
+from esper.callbacks.sharding import before_loading, check_seeds, check_sharded, regrow, shards
 from esper.errors import CheckpointError, GrowthError
 from esper.interrupt import uninterrupted
 from esper.kasmina.body import Body
@@ -35,6 +36,7 @@ from esper.kasmina.garbage import uncollected
 from esper.kasmina.layer import SEEDS
 from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.kasmina.probes import ProbeRunner
+from esper.kasmina.sharded import put_at_rest
 from esper.kasmina.structure import follow_state_dict, has_seeds
 from esper.kasmina.topology import ModelTopology
 from esper.kasmina.trace import Tracer
@@ -92,6 +94,7 @@ class TamiyoCallback(ByHand, L.Callback):
         self._averages: Averages | None = None
         self._table: GrowthTable | None = None
         self._fit_id = ""
+        self._stop_reading: Callable[[], object] = _nothing
         self._reset()
 
     def _reset(self) -> None:
@@ -124,6 +127,8 @@ class TamiyoCallback(ByHand, L.Callback):
             )  # first, because it looks at what the module could do before
         follow_state_dict(pl_module)
         self._stage = stage
+        if stage != "fit" and shards(trainer):
+            self._stop_reading = before_loading(trainer, lambda path: check_seeds(pl_module, path))
         if stage == "fit":
             self._restored = None  # of a fit that failed before it trained
             if self._body is not None and self._body.model is not pl_module:
@@ -148,6 +153,12 @@ class TamiyoCallback(ByHand, L.Callback):
             ranks=ranks_of(trainer, talking=growing or has_seeds(pl_module)),
             seed=self.config.seed,
         )
+        if shards(trainer):
+            check_sharded(pl_module, self._run.optimizers)
+            optimizers = self._run.optimizers
+            self._stop_reading = before_loading(
+                trainer, lambda path: regrow(pl_module, optimizers, path, self.state_key)
+            )
         if has_seeds(pl_module):
             self._run.structure_changed()
         restore_groups(trainer, pl_module)
@@ -157,6 +168,8 @@ class TamiyoCallback(ByHand, L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open journal and bus, and take up a restored run."""
         assert self._run is not None
+        self._stop_reading()
+        follow_state_dict(pl_module)  # again, where it was kept out of a sharded model's loading
         _ = self._run.total_steps  # a run whose length cannot be told is refused here, not after a batch
         same_run = 0 < self._last_step <= trainer.global_step
         self._last_step = trainer.global_step
@@ -300,6 +313,8 @@ class TamiyoCallback(ByHand, L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain types and tensors (``weights_only`` loads it)."""
+        if self._run is not None and shards(self._run.trainer):
+            put_at_rest(self._run.module)
         self._sync_averages()  # here, because states are asked for before any callback writes an average down
         common = {
             "version": _STATE_VERSION,
@@ -376,10 +391,11 @@ class TamiyoCallback(ByHand, L.Callback):
         if self._records is not None:
             policy = self._records.recorded(policy)
         self._controller = Controller(self.config, self._body, self._run, policy, recorder)
-        if self._run.ranks.rank == 0:  # signals of other ranks would be dropped: their batches are like these
+        # Signals of other ranks would be dropped: their batches are like these. Of sharded layers there are none:
+        # rank 0 would have to ask the others for their parts in the middle of a step.
+        if self._run.ranks.rank == 0 and not shards(self._run.trainer):
             self._probes = ProbeRunner(self._body)
-        # Listed once: walking a module's names takes longer than what is asked of them.
-        self._host_parameters = [(n, p) for n, p in module.named_parameters() if SEEDS not in n.split(".")]
+        self._list_host_parameters()
         self._evaluated = False
         self._quiet_until = 0
         self._hooks.all_on()
@@ -393,6 +409,10 @@ class TamiyoCallback(ByHand, L.Callback):
         assert controller is not None
         assert body is not None
         assert run is not None
+        if shards(trainer):
+            put_at_rest(body.model)
+            if self._just_traced:
+                self._list_host_parameters()  # within the step, other tensors stood in their places
         self._check_evaluation()
         self._tell_sites(trainer)
         self._finish_probe(trainer)
@@ -417,6 +437,12 @@ class TamiyoCallback(ByHand, L.Callback):
         else:  # one batch before what needs a hook, to switch it on
             needs_hook = min(self._next_sample(step), controller.warden.next_gradients(step))
             self._quiet_until = min(controller.next_due(step), needs_hook - self._steps_a_batch)
+
+    def _list_host_parameters(self) -> None:
+        """Name the host's parameters; once, as walking a module's names takes longer than what is asked of them."""
+        assert self._body is not None
+        named = self._body.model.named_parameters()
+        self._host_parameters = [(n, p) for n, p in named if SEEDS not in n.split(".")]
 
     def _wake(self) -> None:
         """Somebody has changed the body by hand: look at everything again, from this very batch on.
@@ -522,6 +548,7 @@ class TamiyoCallback(ByHand, L.Callback):
 
     def _close(self) -> None:
         self._drop_tracer()
+        self._stop_reading()
         if self._controller is not None:
             self._controller.close()
         if self._probes is not None:
@@ -538,6 +565,10 @@ class TamiyoCallback(ByHand, L.Callback):
         if self._tracer is not None:
             self._tracer.close()
             self._tracer = None
+
+
+def _nothing() -> None:
+    """Of a run whose strategy loads checkpoints as it is."""
 
 
 def _loss(outputs: Any) -> Tensor | None:

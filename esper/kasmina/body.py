@@ -21,6 +21,7 @@ from esper.kasmina.pricing import Prices
 from esper.kasmina.reasons import why_no_site
 from esper.kasmina.sample_dims import measure_sample_dims
 from esper.kasmina.seed import Seed, SeedState
+from esper.kasmina.sharded import is_sharded, why_unusable
 from esper.kasmina.sites import Site
 from esper.kasmina.structure import (
     SeedIndex,
@@ -252,6 +253,10 @@ class Body:
         self.topology = topology
         self.sites = find_sites(self.model, topology)
         self.refused = dict(topology.refused) | why_no_site(self.model, topology, self.sites)
+        if is_sharded(self.model):
+            reasons = [(site, why_unusable(site.kind, functional=site.functional)) for site in self.sites]
+            self.refused |= {site.target: reason for site, reason in reasons if reason}
+            self.sites = [site for site, reason in reasons if not reason]
         self._prices = Prices(self.model, topology)
         for site in self.sites:
             self.refused.pop(site.target, None)

@@ -23,6 +23,8 @@ EARLIEST = 4
 """Layers that feed a place and ran first."""
 _MAX_OPS = 32
 """Operations of one way that are told by name."""
+_HANDED_ON = "RegisterPostBackwardFunctionBackward"
+"""Through it FSDP2 passes a unit's inputs as they are."""
 _CUT = "..."
 """Stands for the operations beyond; no blueprint takes it for one that it knows."""
 
@@ -134,6 +136,8 @@ class DataFlow:
                 return _DATA
             return inputs[0] if inputs else _NOTHING
         op = op_name(node)
+        if op == _HANDED_ON and len(inputs) == 1:
+            return inputs[0]
         self.ops_seen.add(op)
         ways: dict[str, _Way | None] = {}
         for feed in reversed(inputs):

@@ -15,6 +15,7 @@ from esper.kasmina.body import Body
 from esper.kasmina.layer import observed
 from esper.kasmina.recycle import Consumer, RecycleReport, dormant_units, recycle
 from esper.kasmina.sampling import sample_rows
+from esper.kasmina.sharded import is_sharded
 from esper.kasmina.trace import preserved
 
 __all__ = ["recyclable", "recycle_layer"]
@@ -73,6 +74,8 @@ def recycle_layer(
         GrowthError: The layer's units cannot be recycled. Nothing was changed.
     """
     reason = recyclable(body, layer)
+    if is_sharded(body.model):
+        reason = f"the weights of {layer!r} are sharded by FSDP2, and a unit's lie in several processes"
     if reason:
         raise GrowthError(f"cannot recycle units: {reason}; choose another layer")
     consumers = [body.model.get_submodule(edge.target) for edge in body.topology.consumers(layer)]

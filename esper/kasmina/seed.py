@@ -64,6 +64,8 @@ _PATHS: dict[Stage, str] = {"germinated": "absent", "training": "isolated", "fos
 """What runs in a stage; ``felt`` in all others. A compiled model is compiled anew when a seed takes another
 path, and not when the stage alone changes."""
 
+_SHARDED_LOADING = "torch.distributed.checkpoint.state_dict"
+
 _QUIET = ("absent", "isolated")
 """Paths on which a seed may not be felt by its host."""
 
@@ -286,6 +288,8 @@ class Seed(nn.Module):
         Raises:
             CheckpointError: The bytes are not a seed record.
         """
+        if type(state).__module__ == _SHARDED_LOADING:
+            return  # a mark in a record's place: torch loads a sharded model's parameters one by one
         self.adopt(decode_state(state, self._state.seed_id))
 
     def adopt(self, state: SeedState) -> None:

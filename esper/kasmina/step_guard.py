@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.errors import ConfigError
 from esper.kasmina.optimizer import unwrap
+from esper.kasmina.sharded import own_part, whole
 
 __all__ = ["StepGuard"]
 
@@ -150,8 +151,9 @@ class StepGuard:
     def _make_finite(self, p: Tensor) -> None:
         if p.grad is None:
             return
-        finite = torch.isfinite(p.grad).all()
-        p.grad.copy_(torch.where(finite, p.grad, torch.zeros_like(p.grad)))
+        finite = whole(torch.isfinite(p.grad).all())
+        grad = own_part(p.grad)
+        grad.copy_(torch.where(finite, grad, torch.zeros_like(grad)))
         count = self._zeroed.setdefault(p.device, torch.zeros((), dtype=torch.int64, device=p.device))
         count += ~finite
 

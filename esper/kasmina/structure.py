@@ -21,6 +21,7 @@ from esper.kasmina.fast_path import close_after, open_for
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.lazy import settle_by_state
 from esper.kasmina.seed import Seed, SeedState
+from esper.kasmina.sharded import is_sharded, shard_as, why_unusable
 from esper.kasmina.sites import BuildContext, Site
 from esper.kasmina.validation import check_state_dict, seed_states_in
 
@@ -113,11 +114,16 @@ def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
     site = state.site
     context = build_context(model, site, state.output_projections)
     entry = get_blueprint(state.blueprint)
+    sharded = is_sharded(model)
+    if sharded and (reason := why_unusable(site.kind, functional=site.functional)):
+        raise GrowthError(f"no seed can grow at {site.name!r}: its layer is {reason}; choose another site")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(init_seed)
         branch = make_branch(entry, context, state.size, device=torch.device("cpu"))
     reference = next(context.target_layer.parameters())
     branch.to(device=reference.device, dtype=reference.dtype)
+    if sharded:
+        shard_as(branch, context.target_layer)
     tap = Tap() if site.source != site.target and entry.reads == "source" else None
     seed = Seed(state, branch, entry.reads, tap)
     seed.to(device=reference.device)

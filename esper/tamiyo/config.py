@@ -98,6 +98,8 @@ class TamiyoConfig:
         birth_lr_multiplier: Factor on the updates of parameters that are not fossilised yet.
         seed_lr_multiplier: Factor on the updates of all parameters of seeds, for good. Adapters want a lower
             rate than the fresh head that they are trained with (experiments/finetune).
+        sharded: ``refuse`` a model whose parameters FSDP2 shards, or grow it all the same: ``experimental``, with
+            what esper/docs/sharding.md lists.
         journal: Where ``growth.jsonl`` goes; None for the trainer's log folder.
         experience: Path of the store (SQLite) that keeps every decision with what came of it, for runs to learn
             from; several runs may share one. The held-out loss is then measured at every decision point, and
@@ -120,6 +122,7 @@ class TamiyoConfig:
     widen_start: Literal["random", "closed_form"] = "random"
     birth_lr_multiplier: float = 1.0
     seed_lr_multiplier: float = 1.0
+    sharded: Literal["refuse", "experimental"] = "refuse"
     journal: str | None = None
     experience: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -142,6 +145,10 @@ class TamiyoConfig:
             (
                 self.widen_start in ("random", "closed_form"),
                 "widen_start should be 'random' or 'closed_form'",
+            ),
+            (
+                self.sharded in ("refuse", "experimental"),
+                "sharded should be 'refuse' or 'experimental'",
             ),
             (self.birth_lr_multiplier > 0, "birth_lr_multiplier should be positive"),
             (self.seed_lr_multiplier > 0, "seed_lr_multiplier should be positive"),

@@ -3,7 +3,8 @@
 Optimizer state is kept by parameter name and put back by identity, never by index: growth and
 culling change the order. Learning rates and other group options are not part of it, because the
 schedule goes on from where it is. Everything is cloned to the CPU, so a snapshot takes no
-accelerator memory and travels in a checkpoint.
+accelerator memory and travels in a checkpoint. What is sharded is gathered for it, so that capturing is
+then a collective operation, and every process keeps all of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch.optim import Optimizer
 
 from esper.errors import CheckpointError
 from esper.kasmina.optimizer import fill_state, group_names, reorder_groups, unregister_parameters, unwrap
+from esper.kasmina.sharded import is_sharded, own_part, spread, whole
+from esper.kasmina.structure import conform
+from esper.kasmina.validation import check_state_dict
 
 __all__ = ["Snapshot", "capture", "is_finite", "renew_optimizer_state", "restore"]
 
@@ -67,9 +71,12 @@ class Snapshot:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether every parameter and buffer is free of NaN and inf; waits for the device once."""
+    """Whether every parameter and buffer is free of NaN and inf; waits for the device once.
+
+    Of sharded parameters this process's parts are looked at.
+    """
     checks = [
-        torch.isfinite(tensor).all()
+        torch.isfinite(own_part(tensor)).all()
         for tensor in (*model.parameters(), *model.buffers())
         if tensor.is_floating_point() or tensor.is_complex()
     ]
@@ -129,7 +136,7 @@ def restore(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], snaps
         )
     before = dict(model.named_parameters())
     try:
-        model.load_state_dict(snapshot.model)
+        model.load_state_dict(_sharded_as(model, snapshot.model))
     except RuntimeError as error:
         raise CheckpointError(f"cannot roll back to step {snapshot.step}: {error}") from error
     present = {id(p) for p in model.parameters()}
@@ -163,7 +170,7 @@ def renew_optimizer_state(
                 if name in states:
                     optimizer.state[p] = {
                         # torch keeps step counts on the CPU unless a kernel reads them there.
-                        key: _clone(value, "cpu" if key == "step" and not on_device else p.device)
+                        key: spread(_clone(value, "cpu" if key == "step" and not on_device else p.device), p)
                         for key, value in states[name].items()
                     }
             fill_state(optimizer, group)
@@ -174,10 +181,19 @@ def _unwrap_all(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     return [unwrap(optimizer) for optimizer in many]
 
 
+def _sharded_as(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` as ``model`` takes it: where FSDP2 shards it, grown to ``state`` and with the parts of this process."""
+    if not is_sharded(model):
+        return state
+    conform(model, check_state_dict(model, state))
+    live = model.state_dict(keep_vars=True)
+    return {name: spread(value, live[name]) for name, value in state.items()}
+
+
 def _clone(value: Any, device: torch.device | str = "cpu") -> Any:
-    """A deep copy with every tensor on ``device``, without its graph."""
+    """A deep copy with every tensor whole and on ``device``, without its graph."""
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
+        return whole(value.detach()).to(device, copy=True)
     if isinstance(value, dict):
         return {key: _clone(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):

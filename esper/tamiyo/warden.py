@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esper.errors import GrowthError
 from esper.kasmina.body import Body
 from esper.kasmina.layer import SEEDS
+from esper.kasmina.sharded import is_sharded, own_part, whole
 from esper.kasmina.structure import seed_states_in
 from esper.messages import GovernorRecord
 from esper.tamiyo.gatekeeper import Gatekeeper
@@ -109,7 +110,7 @@ class Warden:
         grads = [
             p.grad for name, p in named_parameters if p.grad is not None and SEEDS not in name.split(".")
         ]
-        self._gradient_norm = nn.utils.get_total_norm(grads) if grads else None
+        self._gradient_norm = whole(nn.utils.get_total_norm(grads)) if grads else None
 
     def inspect(self, step: int) -> None:
         """Judge the checks that were passed by, and that of this step if one falls on it; act on the answers."""
@@ -190,12 +191,16 @@ class Warden:
             self._ledger.embargo(response.target, step + self.governor.config.embargo_steps)
 
     def _host_finite(self) -> bool:
+        model = self._body.model
         checks = [
-            torch.isfinite(p).all()
-            for name, p in self._body.model.named_parameters()
+            torch.isfinite(own_part(p)).all()
+            for name, p in model.named_parameters()
             if SEEDS not in name.split(".")
         ]
-        return all(bool(check) for check in checks)
+        finite = all(bool(check) for check in checks)
+        if is_sharded(model):  # each process has looked at its parts
+            finite = not self._run.ranks.objection("the host's weights", "" if finite else "not finite")
+        return finite
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next check depends on; plain types and tensors."""

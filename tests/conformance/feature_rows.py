@@ -9,6 +9,7 @@ __all__ = ["MODELS", "PROCESSES", "RUNS"]
 _SURVIVAL = "conformance/test_survival.py::"
 _LOOPS = "conformance/test_loops.py::"
 _DISTRIBUTED = "conformance/test_distributed.py::"
+_SHARDED = "conformance/test_sharded.py::"
 _COMPILE = "conformance/test_compile.py::"
 _LAYERS = "conformance/test_layers.py::"
 _ROW = _LAYERS + "test_a_layer_grows_and_resumes_or_is_left_alone_with_the_reason"
@@ -129,9 +130,22 @@ PROCESSES = (
         _DISTRIBUTED + "test_watching_has_no_collective_of_its_own_and_growth_none_at_ordinary_steps",
     ),
     Feature(
-        "FSDP, `ModelParallelStrategy`, DeepSpeed",
+        "`ModelParallelStrategy` with FSDP2's `fully_shard` (tried with two gloo processes)",
+        "works",
+        'with `sharded="experimental"`, else refused: each seed is sharded by itself; the run is the one under DDP '
+        "within 1e-6; no health signals, policies `schedule`, `random`, `uniform`, AdamW, full precision",
+        _SHARDED + "test_the_run_is_the_one_under_ddp",
+    ),
+    Feature(
+        "resume under FSDP2",
+        "works",
+        "bit for bit, from full checkpoints (`save_distributed_checkpoint=False`), which load unsharded too",
+        _SHARDED + "test_a_run_resumes_bit_for_bit_also_between_a_birth_and_its_first_step",
+    ),
+    Feature(
+        "FSDP1, DeepSpeed, tensor parallelism",
         "refused",
-        "watching too, as parameters are sharded at the start (FSDP1 and DeepSpeed not run); use DDP or one device",
+        "parameters are taken over or divided otherwise at the start (not run); use DDP or one device",
         _REFUSED_STRATEGY,
     ),
     Feature(
