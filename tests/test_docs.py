@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "esper" / "docs"
 TABLES = ("works_with",)
 """Pages without an example."""
 PAGES = {p.stem: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md")) if p.stem not in TABLES}
-PROCESSES = ("ddp",)
+PROCESSES = ("ddp", "sharding")
 """Pages whose example starts processes of itself, and so has to be a script."""
 ELSEWHERE = ("export",)
 """Pages whose example ``tests/conformance`` runs, with more to look at."""
@@ -24,6 +24,7 @@ ENDS = {
     "ddp": r"1 seed, ranks equal: True",
     "fine_tuning": r"\d+ of \d+ parameters trained, in 4 seeds",
     "resume": r"the power went out",
+    "sharding": r"1 seed, \w+, divided between the ranks: True",
 }
 """What the example of a page prints."""
 
