@@ -45,6 +45,7 @@ def run(
     *,
     weights: str = "shipped",
     value_weights: str = "",
+    policy_options: Mapping[str, Any] | None = None,
     hosts: int = 3,
     repeats: int = 1,
     families: Sequence[str] = (),
@@ -63,6 +64,7 @@ def run(
     Args:
         weights: Of the policy network; ``shipped`` for the package's own, empty to compare the rules alone.
         value_weights: Of the value model that PPO began from, for an arm of its own.
+        policy_options: Of policy ``tamiyo``, for all learned arms; those that it ships with if None.
         hosts: Of each family.
         repeats: Of each host, with other first weights and another order of the data.
         families: Only these; sealed ones are left out, with a note, where their data are not there.
@@ -124,7 +126,9 @@ def run(
             write_rules(chosen, Path(out))
         return tuned_figures(chosen) | {"num_failed": float(chosen.failed), "num_left": float(left)}
     rules = frozen_rules()
-    playing = judged_arms(rules, weights=weights, value_weights=value_weights, only=arms)
+    playing = judged_arms(
+        rules, weights=weights, value_weights=value_weights, only=arms, options=policy_options
+    )
     trials, left = _play(playing, matches, out, minutes, num_workers)
     names = [*playing, SCRATCH] if LEARNED in playing else list(playing)
     accuracies = _accuracies(table, weights) if LEARNED in playing and not quick else {}

@@ -46,6 +46,10 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path: Path) ->
         policy.run(weights=str(tmp_path / "none.safetensors"), families=("digits_mlp",))
     with pytest.raises(ConfigError, match="no arm moon"):
         policy.run(weights="", families=("digits_mlp",), arms=("moon",))
+    with pytest.raises(ConfigError, match="should not hold price"):
+        policy.run(weights="", families=("digits_mlp",), policy_options={"price": 0.1})
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'moon'"):
+        policy.run(weights="", families=("digits_mlp",), policy_options={"moon": 1})
     with pytest.raises(ConfigError, match="a folder that exists"):
         policy.run(out=str(tmp_path / "no" / "judgement.json"))
     with pytest.raises(ConfigError, match="should not be negative"):
