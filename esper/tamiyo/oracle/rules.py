@@ -85,8 +85,12 @@ def cond(point: DecisionPoint, *, size: Size, ratio: float) -> int:
     return narrowest(point, size=size)
 
 
-def shortcut(point: DecisionPoint, *, size: Size, least_layers: int) -> int:
-    """Lay a way around from the host's input to its output, if at least ``least_layers`` stand in series."""
+def shortcut(point: DecisionPoint, *, size: Size, blueprint: str, least_layers: int) -> int:
+    """Lay a long way around the hidden layers, if at least ``least_layers`` stand in series.
+
+    From the host's own input where there is such a way, else the first that is offered (a language model's input
+    is no number that a way around could start from).
+    """
     if layers_in_series(point.topology) < least_layers:
         return _WAIT
     ways = [
@@ -94,10 +98,12 @@ def shortcut(point: DecisionPoint, *, size: Size, least_layers: int) -> int:
         for index, candidate in _offered(point, "grow")
         if len(candidate.placements) == 1
         and candidate.placements[0].long
-        and point.topology.layer(candidate.placements[0].source).reads_input
+        and candidate.placements[0].blueprint == blueprint
         and not _over_one_layer(point.topology, candidate)
     ]
-    return _by_size(ways, size)
+    ways.sort(key=lambda way: not point.topology.layer(way[1].placements[0].source).reads_input)
+    first = [way for way in ways if way[1].placements[0].site == ways[0][1].placements[0].site]
+    return _by_size(first, size)
 
 
 def dimensions(point: DecisionPoint, *, size: Size) -> int:
@@ -150,7 +156,10 @@ def expressivity(
     found = _widenings(point)
     neck = min(found, key=lambda w: w.neck, default=None)
     is_neck = neck is not None and neck.neck < bad_shape
-    if around := shortcut(point, size=size, least_layers=ENOUGH_IN_SERIES):
+    around = shortcut(point, size=size, blueprint="widen", least_layers=ENOUGH_IN_SERIES) or shortcut(
+        point, size=size, blueprint="shortcut", least_layers=ENOUGH_IN_SERIES
+    )
+    if around:
         scored = point.candidates[around].placements[0].score is not None
         share, z = _score(point.topology, point.candidates[around])
         if (share >= least_share and z >= least_z) if scored else is_neck:
@@ -260,7 +269,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "random": _variants(draw, {"seed": 0}),
     "narrowest": _variants(narrowest, *_sizes()),
     "cond": _variants(cond, *(o for ratio in (0.2, 0.35, 0.5, 0.7) for o in _sizes(ratio=ratio))),
-    "shortcut": _variants(shortcut, *(o for least in (0, 3, 4) for o in _sizes(least_layers=least))),
+    "shortcut": _variants(
+        shortcut,
+        *(
+            o
+            for least in (0, 3, 4)
+            for blueprint in ("shortcut", "widen")
+            for o in _sizes(blueprint=blueprint, least_layers=least)
+        ),
+    ),
     "dimensions": _variants(dimensions, *_sizes()),
     "uniform": _variants(uniform, *_sizes()),
     "tokens_per_parameter": _variants(

@@ -27,8 +27,9 @@ def choice(point: DecisionPoint, name: str, options: str) -> int:
         ("narrowest", "size=large", 2),
         ("cond", "size=large, ratio=0.2", 0),  # 6 units against a median of 15 are .4
         ("cond", "size=small, ratio=0.5", 1),
-        ("shortcut", "size=small, least_layers=0", 5),
-        ("shortcut", "size=large, least_layers=4", 0),
+        ("shortcut", "size=small, blueprint=shortcut, least_layers=0", 5),
+        ("shortcut", "size=small, blueprint=widen, least_layers=0", 0),
+        ("shortcut", "size=large, blueprint=shortcut, least_layers=4", 0),
         ("dimensions", "size=large", 2),  # 65 x 24 against 7 x 10
         ("uniform", "size=large", 4),
         ("tokens_per_parameter", "size=large, above=60.0", 0),
@@ -45,6 +46,16 @@ def test_transformers_go_by_tokens_per_parameter() -> None:
     assert choice(point, "tokens_per_parameter", "size=small, above=110.0") == 4
     assert choice(point, "tokens_per_parameter", "size=small, above=200.0") == 0
     assert choice(point, "expressivity", "size=small, least_share=0.1") == 4
+
+
+def test_the_way_around_begins_at_the_input_where_it_can() -> None:
+    point = make_point()
+    rule = "size=large, blueprint=shortcut, least_layers=0"
+    place = msgspec.structs.replace(point.candidates[5].placements[0], site="bypass:1->2", source="1")
+    later = msgspec.structs.replace(point.candidates[5], placements=(place,))
+    both = msgspec.structs.replace(point, candidates=(WAIT, later, *point.candidates[1:]))
+    assert choice(both, "shortcut", rule) == 6
+    assert choice(msgspec.structs.replace(point, candidates=(WAIT, later)), "shortcut", rule) == 1
 
 
 def test_sleeping_layers_are_recycled() -> None:
