@@ -126,7 +126,7 @@ def tokens_per_parameter(point: DecisionPoint, *, size: Size, above: float) -> i
     """A transformer that sees more than ``above`` tokens a parameter has all its MLPs widened (GROWTH.md §8)."""
     if not point.run.transformer or point.run.tokens_per_parameter <= above:
         return _WAIT
-    return uniform(point, size=size)
+    return uniform(point, size=size) or narrowest(point, size=size)  # of one block, the one MLP is all
 
 
 def recycle(point: DecisionPoint, *, above: float) -> int:

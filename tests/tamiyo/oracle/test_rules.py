@@ -46,6 +46,8 @@ def test_transformers_go_by_tokens_per_parameter() -> None:
     assert choice(point, "tokens_per_parameter", "size=small, above=110.0") == 4
     assert choice(point, "tokens_per_parameter", "size=small, above=200.0") == 0
     assert choice(point, "expressivity", "size=small, least_share=0.1") == 4
+    one_block = msgspec.structs.replace(point, candidates=point.candidates[:4])
+    assert choice(one_block, "tokens_per_parameter", "size=large, above=110.0") == 2
 
 
 def test_the_way_around_begins_at_the_input_where_it_can() -> None:
