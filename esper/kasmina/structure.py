@@ -21,7 +21,7 @@ from esper.kasmina.fast_path import close_after, open_for
 from esper.kasmina.layer import SEEDS, Tap, get_slot, rest, seeds_of, swap_class
 from esper.kasmina.lazy import settle_by_state
 from esper.kasmina.seed import Seed, SeedState
-from esper.kasmina.sharded import is_sharded, shard_as, why_unusable
+from esper.kasmina.sharded import is_sharded, put_at_rest, shard_as, why_unusable
 from esper.kasmina.sites import BuildContext, Site
 from esper.kasmina.validation import check_state_dict, seed_states_in
 
@@ -117,6 +117,8 @@ def plant(model: nn.Module, state: SeedState, *, init_seed: int) -> Seed:
     sharded = is_sharded(model)
     if sharded and (reason := why_unusable(site.kind, functional=site.functional)):
         raise GrowthError(f"no seed can grow at {site.name!r}: its layer is {reason}; choose another site")
+    if sharded:
+        put_at_rest(model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(init_seed)
         branch = make_branch(entry, context, state.size, device=torch.device("cpu"))

@@ -16,12 +16,15 @@ from runs import QUICK, Script, assert_registered, fit, growing, mlp, trainer
 from runs import test as test_on_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from esper.callbacks import TamiyoCallback
+from esper.callbacks.sharding import check_sharded
 from esper.hosts import ClassifierModule, DigitsData, MLPConfig, OptimConfig
 from esper.kasmina.body import attach
+from esper.kasmina.renewal import recycle_layer
 from esper.kasmina.sharded import is_sharded, own_part, put_at_rest, whole
+from esper.kasmina.step_guard import StepGuard
 from esper.kasmina.structure import all_seeds
 from esper.tamiyo.snapshot import capture, restore
 
@@ -235,5 +238,38 @@ def _furthest(plain: nn.Module, sharded: nn.Module, x: Tensor) -> float:
     return worst / scale
 
 
+def edges(rank: int, folder: Path) -> dict[str, Any]:
+    """What is refused of a sharded model, and a NaN that stands in one process's part of a seed's gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    sharded, mixed, partly = Plain(), Plain(), Plain()
+    fully_shard(sharded, mesh=mesh)
+    fully_shard(mixed, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(partly.third, mesh=mesh)
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    body, other = attach(sharded, x), attach(partly, x)
+    sgd, adam = torch.optim.SGD(sharded.parameters()), torch.optim.AdamW(sharded.parameters())
+    seed = body.germinate("bypass:second->third", "widen", 4)
+    grads = list(seed.parameters())
+    for p in grads:
+        p.grad = torch.ones_like(p)
+    if rank == 1:
+        own_part(grads[0].grad)[0] = float("nan")
+    guard = StepGuard(adam)
+    guard.shield(grads)
+    return {
+        "sgd": _error(lambda: check_sharded(sharded, [sgd])),
+        "adam": _error(lambda: check_sharded(sharded, [adam])),
+        "mixed": _error(lambda: check_sharded(mixed, [adam])),
+        "replicated": _error(lambda: other.germinate("parallel:second", "lowrank", 2)),
+        "recycled": _error(
+            lambda: recycle_layer(
+                body, "second", [lambda: sharded(x)], optimizers=[adam], generator=torch.Generator()
+            )
+        ),
+        "shielded": [float(own_part(p.grad).sum()) for p in grads],
+        "dropped": guard.num_dropped,
+    }
+
+
 def everything(rank: int, folder: Path) -> dict[str, Any]:
-    return {act.__name__: act(rank, folder / act.__name__) for act in (grown, undone, gradients)}
+    return {act.__name__: act(rank, folder / act.__name__) for act in (grown, undone, gradients, edges)}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esper import load
 from esper.callbacks import TamiyoCallback
+from esper.callbacks.sharding import check_sharded
 from esper.callbacks.strategies import strategy_conflicts
 from esper.errors import ConfigError, UnsupportedError
 from esper.kasmina.structure import all_seeds
@@ -123,7 +124,38 @@ def test_every_blueprint_gets_the_gradients_that_it_gets_unsharded(ranks):
             assert difference < 1e-4, (name, difference)
 
 
+def test_a_nan_in_one_processs_part_of_a_gradient_is_dropped_on_all(ranks):
+    for of in ranks:
+        first, *others = of["edges"]["shielded"]
+        assert first == 0
+        assert all(others)
+        assert of["edges"]["dropped"] == 1
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+def test_what_shows_only_once_a_model_is_sharded_is_refused_then(ranks):
+    for of in ranks:
+        edges = of["edges"]
+        assert "works with Adam and AdamW, but the optimizers are SGD" in edges["sgd"]
+        assert edges["adam"] == ""
+        assert "leave mp_policy out" in edges["mixed"]
+        assert "this SeedLinear's lie on none; call fully_shard" in edges["replicated"]
+        assert "the weights of 'second' are sharded by FSDP2" in edges["recycled"]
+
+
+def test_a_module_that_shards_nothing_is_refused():
+    with pytest.raises(UnsupportedError, match="but nothing is sharded; call it there"):
+        check_sharded(mlp(), [])
+
+
+def test_manual_optimization_is_refused(tmp_path):
+    module = mlp()
+    module.automatic_optimization = False
+    runner = trainer(tmp_path, strategy=sharded_runs.strategy(), devices=2)
+    (conflict,) = strategy_conflicts(runner, module, build_config(policy="schedule", sharded="experimental"))
+    assert "manual optimization under FSDP2" in conflict[0]
 
 
 def test_it_has_to_be_asked_for(tmp_path):
