@@ -25,6 +25,7 @@ ENDS = {
     "fine_tuning": r"\d+ of \d+ parameters trained, in 4 seeds",
     "resume": r"the power went out",
     "sharding": r"1 seed, \w+, divided between the ranks: True",
+    "service": r"\d+ decisions kept; [1-9]\d* to grow",
 }
 """What the example of a page prints."""
 

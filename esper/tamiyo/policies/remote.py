@@ -117,7 +117,7 @@ class RemotePolicy:
         self._client: ServiceClient | None = None
         self._question: _Question | None = None
         self._order: _Order | None = None
-        self._sequence = 0
+        self._sequence = self._step = 0
         self._news = ""
 
     # ---------------------------------------------------------------- decision points
@@ -138,13 +138,13 @@ class RemotePolicy:
         )
         if all(candidate.unavailable for candidate in point.candidates[1:]):
             return self._wait(state, "nothing but waiting is available", news)
-        self._ask(point)
+        self._ask(point, state.training_flops)
         if missed is not None and self.fallback is not None:
             return self.fallback.decide(state)
         lost = f"step {missed.point.run.step} was not answered in time" if missed is not None else ""
         return self._wait(state, "asked the service", lost or news)
 
-    def _ask(self, point: DecisionPoint) -> None:
+    def _ask(self, point: DecisionPoint, training_flops: float) -> None:
         run = point.run
         if self._client is None or self._client.run_id != run.run_id:
             self.close()
@@ -152,7 +152,7 @@ class RemotePolicy:
         self._sequence += 1
         # by its step: a run that is continued from a checkpoint asks the same again, and is answered the same
         self._question = _Question(f"{run.run_id}:{run.step}", point, time.monotonic())
-        self._client.ask(self._question.request_id, self._sequence, point)
+        self._client.ask(self._question.request_id, self._sequence, point, training_flops=training_flops)
 
     def _wait(self, state: GrowthState, reason: str, news: str) -> list[Decision]:
         line = self._client.state if self._client is not None else "not connected"
@@ -176,6 +176,7 @@ class RemotePolicy:
 
     def collect(self, step: int) -> list[Decision]:
         """Turn what has come into decisions; an answer that is too old, or WAIT, into none."""
+        self._step = step
         for reply in self._client.take() if self._client is not None else ():
             question = self._question
             if question is None or reply.request_id not in (question.request_id, ""):
@@ -220,7 +221,7 @@ class RemotePolicy:
                 self._order = _Order(request_id, list(orders))
                 return orders
         self._news = f"the answer to step {point.run.step} was not used: {why}"
-        self._client.report(request_id, applied=False, refused=why)
+        self._client.report(request_id, applied=False, refused=why, step=step)
         return []
 
     def note(self, decision: Decision, *, refused: str, seed_id: str) -> None:
@@ -242,6 +243,7 @@ class RemotePolicy:
                 order.request_id,
                 applied=order.num_applied > 0,
                 refused="; ".join(order.refused)[:4000],
+                step=self._step,
                 seed_ids=tuple(order.seed_ids),
             )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,11 +13,11 @@ from typing import Self
 import msgspec
 
 from esper.errors import DataFormatError
-from esper.tamiyo.experience.records import DecisionFacts
+from esper.tamiyo.experience.records import DecisionFacts, Incident
 from esper.tamiyo.experience.store import ExperienceStore
-from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.service.gates import adds
-from esper.tamiyo.service.protocol import PROTOCOL_VERSION, Answer, Report
+from esper.tamiyo.service.outcomes import write_outcomes
+from esper.tamiyo.service.protocol import PROTOCOL_VERSION, Answer, Ask, Report
 
 __all__ = ["ExperienceBook"]
 
@@ -27,6 +29,8 @@ CREATE TABLE IF NOT EXISTS answers (
     decided_at REAL NOT NULL,
     adds       INTEGER NOT NULL,
     undone     INTEGER NOT NULL DEFAULT 0,
+    reported   INTEGER NOT NULL DEFAULT 0,
+    flops      REAL NOT NULL,
     answer     BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_of_run ON answers (run_id, decided_at);
@@ -51,6 +55,7 @@ class ExperienceBook:
     def __init__(self, path: str | Path) -> None:
         self.store = ExperienceStore(path)
         self.path = Path(f"{path}.answers")
+        self._settler = ThreadPoolExecutor(1, thread_name_prefix="esper-outcomes")
         self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             self._prepare()
@@ -92,11 +97,11 @@ class ExperienceBook:
         except msgspec.MsgspecError as error:
             raise DataFormatError(f"{self.path}: the answer to {request_id!r} is damaged: {error}") from error
 
-    def write(self, decided: Sequence[tuple[DecisionPoint, Answer]], now: float) -> None:
+    def write(self, decided: Sequence[tuple[Ask, Answer]], now: float) -> None:
         """Write decisions down; they are on disk when this returns, and those that were there stay as they are.
 
         Args:
-            decided: Points, whose run is that of the answer, with their answers.
+            decided: Requests with their answers.
             now: Unix seconds.
 
         Raises:
@@ -105,16 +110,18 @@ class ExperienceBook:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany(
-                "INSERT OR IGNORE INTO answers (request_id, run_id, decided_at, adds, answer) VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO answers (request_id, run_id, decided_at, adds, flops, answer) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (
-                        a.request_id,
-                        a.run_id,
+                        answer.request_id,
+                        answer.run_id,
                         now,
-                        adds(point.candidates[a.candidate]),
-                        msgspec.msgpack.encode(a),
+                        adds(ask.point.candidates[answer.candidate]),
+                        ask.training_flops,
+                        msgspec.msgpack.encode(answer),
                     )
-                    for point, a in decided
+                    for ask, answer in decided
                 ],
             )
             self._db.execute("COMMIT")
@@ -122,18 +129,34 @@ class ExperienceBook:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        self.store.add_decisions([_facts(point, answer) for point, answer in decided])
+        self.store.add_decisions([_facts(ask, answer) for ask, answer in decided])
 
     def report(self, report: Report) -> bool:
         """Write down what became of a decision; False when there is no such decision of this run."""
-        found = self._db.execute(
-            "UPDATE answers SET undone = ? WHERE request_id = ? AND run_id = ?",
-            (not report.applied, report.request_id, report.run_id),
-        )
-        if not found.rowcount:
+        key = (report.request_id, report.run_id)
+        row = self._db.execute(
+            "SELECT reported FROM answers WHERE request_id = ? AND run_id = ?", key
+        ).fetchone()
+        if row is None:
             return False
+        if row[0]:
+            return True  # told again, because the run had not heard that it was noted
         self.store.note_applied(report.request_id, seed_ids=report.seed_ids, refused=report.refused)
+        if report.applied:
+            for target in report.seed_ids or ("",):
+                incident = Incident(step=report.step, kind="adaptation", target=target)
+                self.store.note_incident(report.run_id, incident, timestamp=time.time())
+        self._db.execute(
+            "UPDATE answers SET undone = ?, reported = 1 WHERE request_id = ? AND run_id = ?",
+            (not report.applied, *key),
+        )
         return True
+
+    def ended(self, run_id: str) -> None:
+        """Write the outcomes of a run's decisions down as far as they are known, in a thread: fits take a while."""
+        rows = self._db.execute("SELECT request_id, flops FROM answers WHERE run_id = ?", (run_id,))
+        if flops := dict(rows.fetchall()):
+            self._settler.submit(write_outcomes, self.store, run_id, flops)
 
     def adapted_at(self, run_id: str, since: float) -> dict[str, float]:
         """Request id -> Unix seconds of what a run was told to add or renew, and has not reported as undone."""
@@ -145,7 +168,8 @@ class ExperienceBook:
         return dict(rows.fetchall())
 
     def close(self) -> None:
-        """Close both files. Idempotent."""
+        """Finish the outcomes that are being written, and close both files. Idempotent."""
+        self._settler.shutdown()
         self._db.close()
         self.store.close()
 
@@ -158,10 +182,10 @@ class ExperienceBook:
         self.close()
 
 
-def _facts(point: DecisionPoint, answer: Answer) -> DecisionFacts:
+def _facts(ask: Ask, answer: Answer) -> DecisionFacts:
     return DecisionFacts(
         decision_id=answer.request_id,
-        point=point,
+        point=ask.point,
         chosen=answer.candidate,
         policy=answer.decider,
         version=answer.version,

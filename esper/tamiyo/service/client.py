@@ -91,11 +91,19 @@ class ServiceClient:
         self._release: weakref.finalize[..., Any] | None = None
         self._pid = 0
 
-    def ask(self, request_id: str, sequence: int, point: DecisionPoint) -> None:
+    def ask(
+        self, request_id: str, sequence: int, point: DecisionPoint, *, training_flops: float = 0.0
+    ) -> None:
         """Have a decision point decided; one that is still being asked is given up for it."""
         line = self._open()
         if line is not None:
-            ask = Ask(run_id=self.run_id, request_id=request_id, sequence=sequence, point=point)
+            ask = Ask(
+                run_id=self.run_id,
+                request_id=request_id,
+                sequence=sequence,
+                point=point,
+                training_flops=training_flops,
+            )
             line.give(lambda: line.set_question(ask))
 
     def give_up(self) -> None:
@@ -104,13 +112,24 @@ class ServiceClient:
             line.give(lambda: line.set_question(None))
 
     def report(
-        self, request_id: str, *, applied: bool, refused: str = "", seed_ids: tuple[str, ...] = ()
+        self,
+        request_id: str,
+        *,
+        applied: bool,
+        refused: str = "",
+        step: int = 0,
+        seed_ids: tuple[str, ...] = (),
     ) -> None:
         """Tell what became of an answer; it is told until the service has noted it."""
         line = self._open()
         if line is not None:
             report = Report(
-                run_id=self.run_id, request_id=request_id, applied=applied, refused=refused, seed_ids=seed_ids
+                run_id=self.run_id,
+                request_id=request_id,
+                applied=applied,
+                refused=refused,
+                step=step,
+                seed_ids=seed_ids,
             )
             line.give(lambda: line.add_report(report))
 

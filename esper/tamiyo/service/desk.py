@@ -49,11 +49,14 @@ class Book(Protocol):
     def answer(self, request_id: str) -> Answer | None:
         """The answer that a request got, if it got one."""
 
-    def write(self, decided: Sequence[tuple[DecisionPoint, Answer]], now: float) -> None:
+    def write(self, decided: Sequence[tuple[Ask, Answer]], now: float) -> None:
         """Write decisions down; they are on disk when this returns. Those that were there stay as they are."""
 
     def report(self, report: Report) -> bool:
         """Write down what became of a decision; False when there is no such decision."""
+
+    def ended(self, run_id: str) -> None:
+        """A run has left or fallen silent: see what has come of its decisions, in the background."""
 
     def adapted_at(self, run_id: str, since: float) -> dict[str, float]:
         """Request id -> Unix seconds of what a run was told to add or renew, and has not reported as undone."""
@@ -130,6 +133,7 @@ class Desk:
             )
         if isinstance(request, Leave):
             self.runs.remove(request.run_id)
+            self.book.ended(request.run_id)
             return Left(run_id=request.run_id)
         if isinstance(request, Report):
             return self._note(request)
@@ -159,7 +163,7 @@ class Desk:
                 text = f"request {ask.request_id!r} was answered before, to run {known.run_id!r} on another point"
                 return self._refuse("invalid", text, ask.run_id, ask.request_id)
             self.stats.repeats += 1
-            self.book.write([(ask.point, known)], self._wall())  # a crash may have come before its experience
+            self.book.write([(ask, known)], self._wall())  # a crash may have come before its experience
             return known
         if run is not None and any(w.ask.request_id == ask.request_id for w in run.waiting):
             self.stats.repeats += 1
@@ -219,6 +223,8 @@ class Desk:
         """Forget runs that have fallen silent; returns their names."""
         silent = self.runs.expire(self._clock() - self.config.expiry_s)
         self.stats.expired += len(silent)
+        for run_id in silent:
+            self.book.ended(run_id)
         self._count()
         return silent
 
@@ -290,7 +296,7 @@ class Desk:
         if not answered:
             return []
         try:
-            self.book.write([(waiting.ask.point, answer) for _, waiting, answer in answered], self._wall())
+            self.book.write([(waiting.ask, answer) for _, waiting, answer in answered], self._wall())
         except _STORE_ERRORS as error:
             for run, _, answer in answered:
                 run.cadence.undo(answer.request_id)

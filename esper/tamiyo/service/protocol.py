@@ -74,25 +74,30 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
 
 
 class Ask(msgspec.Struct, tag="ask", frozen=True, kw_only=True):
-    """A decision point to be decided; ``sequence`` rises from one request of a run to its next."""
+    """A decision point to be decided; ``sequence`` rises from one request of a run to its next.
+
+    ``training_flops`` is what the run has cost so far: outcomes are judged by it.
+    """
 
     run_id: Name
     request_id: Name
     sequence: Count
     point: DecisionPoint
+    training_flops: NonNegative = 0.0
 
 
 class Report(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """What became of an answer.
 
     ``applied`` may be False because the run refused it (``refused`` says why) or because it came too late.
-    ``seed_ids`` are the seeds that it planted.
+    ``step`` is when, ``seed_ids`` are the seeds that it planted.
     """
 
     run_id: Name
     request_id: Name
     applied: bool
     refused: Text = ""
+    step: Count = 0
     seed_ids: tuple[str, ...] = ()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from service_points import make_point, make_topology
 
@@ -54,12 +55,16 @@ class ByStep:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.choice: int | None = None
 
     def choose(self, points: Sequence[DecisionPoint]) -> list[Choice]:
         self.batches.append(len(points))
         if any(point.run.step == 99 for point in points):
             raise ZeroDivisionError("step 99")
-        return [Choice(point.run.step, f"step {point.run.step}", value=0.25) for point in points]
+        chosen = [point.run.step if self.choice is None else self.choice for point in points]
+        return [
+            Choice(index, f"step {p.run.step}", value=0.25) for index, p in zip(chosen, points, strict=True)
+        ]
 
 
 class Bench:
@@ -278,6 +283,40 @@ def test_what_cannot_be_stored_is_not_decided(bench: Bench) -> None:
     bench.hello()
     assert isinstance(bench.ask(1), Answer)  # it had been answered, and now its experience is there too
     assert len(bench.book.store) == 1
+
+
+def test_what_came_of_a_run_is_written_when_it_leaves(bench: Bench) -> None:
+    bench.hello()
+    losses = [2.0 / (1 + 0.1 * i) for i in range(20)]
+    for i, loss in enumerate(losses):
+        step = 5 * (i + 1)
+        point = make_point("run", step, losses=losses[: i + 1])
+        run = msgspec.structs.replace(point.run, held_out_loss=loss)
+        ask = Ask(
+            run_id="run",
+            request_id=f"run:{step}",
+            sequence=step,
+            point=msgspec.structs.replace(point, run=run, timestamp=float(step)),
+            training_flops=1e3 * step,
+        )
+        bench.decider.choice = 1 if i == 10 else 0
+        assert bench.desk.take(b"run", write(ask)) is None
+        bench.desk.decide()
+    report = Report(run_id="run", request_id="run:55", applied=True, step=55, seed_ids=("s1",))
+    for _ in range(2):
+        assert isinstance(bench.desk.take(b"run", write(report)), Noted)
+    bench.desk.take(b"run", write(Leave(run_id="run")))
+    bench.restart()  # closing waits for the outcomes
+    store = bench.book.store
+    assert store.ended("run") == 100
+    assert [o.training_flops for o in store.observations("run")][:2] == [5e3, 1e4]
+    assert [(i.step, i.target) for i in store.incidents("run")] == [(55, "s1")]
+    grown = store.get("run:55")
+    assert grown is not None
+    assert grown.outcome is not None
+    assert grown.outcome.reward is not None
+    assert grown.outcome.reward.provenance.startswith("fitted")
+    assert grown.outcome.final
 
 
 def test_silent_runs_are_forgotten_and_heartbeats_say_so(bench: Bench) -> None:
