@@ -73,9 +73,9 @@ def fit(
 ) -> FitResult:
     """Fit a network to tried candidates, and leave it with the weights of the best epoch, in eval mode.
 
-    The best epoch has the smallest loss on ``validation``: the regret of some dozens of hosts jumps from epoch to
-    epoch, and the regret of drawing from the policy falls with mere boldness. Torch's global random numbers
-    stay as they are.
+    With ``config.keep`` of ``last`` the last epoch counts as the best. Else the best epoch has the smallest loss on
+    ``validation``: the regret of some dozens of hosts jumps from epoch to epoch, and the regret of drawing from
+    the policy falls with mere boldness. Torch's global random numbers stay as they are.
 
     Args:
         network: Maps a batch of graphs to a :class:`~esper.tamiyo.network.network.PolicyOutput`.
@@ -118,7 +118,7 @@ def fit(
             history.append(metrics)
             if logger is not None:
                 logger.log_metrics(metrics, step=epoch)
-            if metrics["loss/validation"] < history[best]["loss/validation"]:
+            if config.keep == "last" or metrics["loss/validation"] < history[best]["loss/validation"]:
                 best, best_weights = epoch, copy.deepcopy(network.state_dict())
             elif epoch - best >= config.patience:
                 break

@@ -39,7 +39,7 @@ class Effort:
 
     hidden_sizes: tuple[int, ...] = (64, 96)
     num_seeds: int = 5
-    max_epochs: int = 60
+    max_epochs: int = 40
     batch_size: int = 32
     fresh_states: int = 400
     urgency_states: int = 60
@@ -83,7 +83,7 @@ class Effort:
         return cls(
             hidden_sizes=most.hidden_sizes if minutes >= 30 else most.hidden_sizes[:1],
             num_seeds=part("num_seeds", 1) if minutes >= 30 else (3 if minutes >= 8 else 1),
-            max_epochs=max(10, min(60, round(4 * minutes))),
+            max_epochs=max(10, min(40, round(4 * minutes))),
             fresh_states=part("fresh_states", 0),
             urgency_states=part("urgency_states", 0),
             transfer=minutes >= 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def calibrate(policy: PolicyConfig, known: Read, unknown: Sequence[Read]) -> Gat
     anything is done, however sure the network is. Then uncertainty and novelty together, on validation states and
     on families that were held out, which count alike: on validation states alone, which are like those that the
     network was trained on, nothing would be learned of when it has to be silent. Of equals the one that lets
-    through most is taken.
+    through most is taken, and then the one nearest to the documented thresholds.
 
     Args:
         policy: Of the network.
@@ -108,22 +109,30 @@ def calibrate(policy: PolicyConfig, known: Read, unknown: Sequence[Read]) -> Gat
         for c in CONFIDENCES
     ]
     # of equal worth, the highest: it acts least
-    confidence = max(zip(confidences, CONFIDENCES, strict=True))[1]
+    confidence = max((round(worth, 9), c) for worth, c in zip(confidences, CONFIDENCES, strict=True))[1]
     policy = replace(policy, adaptation_confidence_threshold=confidence)
-    uncertain = _levels(known, lambda reading: reading.epistemic)
-    novel = _levels(known, lambda reading: reading.novelty)
+    documented = PolicyConfig()
+    uncertain = _levels(known, lambda reading: reading.epistemic, documented.uncertainty_threshold)
+    novel = _levels(known, lambda reading: reading.novelty, documented.novelty_threshold)
     trials = [_trial(policy, known, unknown, u, n) for u in uncertain for n in novel]
-    chosen = max(trials, key=lambda t: (t.worth, t.coverage, t.coverage_unknown))
+    chosen = max(trials, key=partial(_preference, documented))
     never = next(t for t in trials if t.uncertainty == t.novelty == _NEVER)
     return Gate(confidence, chosen, never, _fallback(known, unknown), confidences, trials)
 
 
-def _levels(known: Read, read: Callable[[Reading], float]) -> list[float]:
-    """Thresholds that let through given shares of known states, and everything."""
+def _preference(documented: PolicyConfig, trial: Trial) -> tuple[float, float, float, float]:
+    away = abs(trial.uncertainty - documented.uncertainty_threshold)
+    away += abs(trial.novelty - documented.novelty_threshold)
+    # rounding may not decide between thresholds that lead to the same choices
+    return round(trial.worth, 9), trial.coverage, float(np.nan_to_num(trial.coverage_unknown)), -away
+
+
+def _levels(known: Read, read: Callable[[Reading], float], documented: float) -> list[float]:
+    """Thresholds that let through given shares of known states, everything, and the documented one."""
     values = np.array([read(reading) for reading in known.readings])
     # a threshold on a value lets that value through; between neighbours it holds for others as well
     levels = {float(min(1.0, max(0.0, q))) for q in np.quantile(values, _SHARES)}
-    return sorted({round(level, 4) for level in levels} | {_NEVER})
+    return sorted({round(level, 4) for level in levels} | {documented, _NEVER})
 
 
 def _trial(

@@ -142,7 +142,10 @@ def _fits(config: LearnConfig, data: Dataset) -> tuple[list[Fit], list[tuple[int
 
     def fit(name: str, hidden: int, seed: int, own: Sequence[ValueRow], stop: Sequence[ValueRow]) -> Fit:
         settings = SupervisedConfig(
-            batch_size=effort.batch_size, max_epochs=effort.max_epochs, seed=1000 * config.seed + seed
+            batch_size=effort.batch_size,
+            max_epochs=effort.max_epochs,
+            keep="last",
+            seed=1000 * config.seed + seed,
         )
         return Fit(name, PolicyConfig(hidden_dim=hidden), settings, own, stop)
 

@@ -117,6 +117,7 @@ OTHER = {
     "weight_decay": 1.0,
     "batch_size": 16,
     "max_epochs": 3,
+    "keep": "last",
     "patience": 1,
     "gradient_clip_norm": 0.01,
     "huber_delta": 0.01,
@@ -133,7 +134,7 @@ def test_every_setting_is_listed():
     assert set(OTHER) == {field.name for field in dataclasses.fields(SupervisedConfig)}
 
 
-@pytest.mark.parametrize("name", sorted(set(OTHER) - {"max_epochs", "patience"}))
+@pytest.mark.parametrize("name", sorted(set(OTHER) - {"max_epochs", "keep", "patience"}))
 def test_every_setting_changes_the_fit(name: str, sets):
     train, validation, _ = sets
 
@@ -153,6 +154,12 @@ def test_epochs_and_patience_end_a_fit(sets):
     frozen = dataclasses.replace(SETTINGS, learning_rate=1e-12, patience=4)
     result = fit(network(), train[:32], validation, frozen)
     assert len(result.history) - 1 - result.best_epoch == 4
+    wild = dataclasses.replace(SETTINGS, learning_rate=0.2, patience=1, max_epochs=6)
+    last = fit(network(), train[:32], validation, dataclasses.replace(wild, keep="last"))
+    assert last.best_epoch == len(last.history) - 1 == 6
+    assert fit(network(), train[:32], validation, wild).best_epoch < 6
+    with pytest.raises(ConfigError, match="keep should be 'best' or 'last'"):
+        SupervisedConfig(keep="worst")  # type: ignore[arg-type]
 
 
 def test_settings_are_checked():
