@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from esper.kasmina.topology import ModelTopology
 from esper.tamiyo.graph.facts import Candidate, DecisionPoint
-from esper.tamiyo.policies.expressivity import ENOUGH_IN_SERIES
+from esper.tamiyo.policies.expressivity import AROUND, ENOUGH_IN_SERIES
 from esper.tamiyo.policies.shape import WIDENING, layers_in_series, units
 
 __all__ = ["RULES", "Rule"]
@@ -85,11 +85,12 @@ def cond(point: DecisionPoint, *, size: Size, ratio: float) -> int:
     return narrowest(point, size=size)
 
 
-def shortcut(point: DecisionPoint, *, size: Size, blueprint: str, least_layers: int) -> int:
+def shortcut(point: DecisionPoint, *, size: Size, prefer: str, least_layers: int) -> int:
     """Lay a long way around the hidden layers, if at least ``least_layers`` stand in series.
 
     From the host's own input where there is such a way, else the first that is offered (a language model's input
-    is no number that a way around could start from).
+    is no number that a way around could start from). It is of the blueprint ``prefer`` where that fits there,
+    hidden units (``widen``) or a linear map (``shortcut``).
     """
     if layers_in_series(point.topology) < least_layers:
         return _WAIT
@@ -98,12 +99,13 @@ def shortcut(point: DecisionPoint, *, size: Size, blueprint: str, least_layers: 
         for index, candidate in _offered(point, "grow")
         if len(candidate.placements) == 1
         and candidate.placements[0].long
-        and candidate.placements[0].blueprint == blueprint
+        and candidate.placements[0].blueprint in AROUND
         and not _over_one_layer(point.topology, candidate)
     ]
     ways.sort(key=lambda way: not point.topology.layer(way[1].placements[0].source).reads_input)
     first = [way for way in ways if way[1].placements[0].site == ways[0][1].placements[0].site]
-    return _by_size(first, size)
+    preferred = [way for way in first if way[1].placements[0].blueprint == prefer]
+    return _by_size(preferred or first, size)
 
 
 def dimensions(point: DecisionPoint, *, size: Size) -> int:
@@ -156,9 +158,7 @@ def expressivity(
     found = _widenings(point)
     neck = min(found, key=lambda w: w.neck, default=None)
     is_neck = neck is not None and neck.neck < bad_shape
-    around = shortcut(point, size=size, blueprint="widen", least_layers=ENOUGH_IN_SERIES) or shortcut(
-        point, size=size, blueprint="shortcut", least_layers=ENOUGH_IN_SERIES
-    )
+    around = shortcut(point, size=size, prefer=AROUND[0], least_layers=ENOUGH_IN_SERIES)
     if around:
         scored = point.candidates[around].placements[0].score is not None
         share, z = _score(point.topology, point.candidates[around])
@@ -274,8 +274,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *(
             o
             for least in (0, 3, 4)
-            for blueprint in ("shortcut", "widen")
-            for o in _sizes(blueprint=blueprint, least_layers=least)
+            for prefer in AROUND
+            for o in _sizes(prefer=prefer, least_layers=least)
         ),
     ),
     "dimensions": _variants(dimensions, *_sizes()),

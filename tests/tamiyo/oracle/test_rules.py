@@ -27,9 +27,9 @@ def choice(point: DecisionPoint, name: str, options: str) -> int:
         ("narrowest", "size=large", 2),
         ("cond", "size=large, ratio=0.2", 0),  # 6 units against a median of 15 are .4
         ("cond", "size=small, ratio=0.5", 1),
-        ("shortcut", "size=small, blueprint=shortcut, least_layers=0", 5),
-        ("shortcut", "size=small, blueprint=widen, least_layers=0", 0),
-        ("shortcut", "size=large, blueprint=shortcut, least_layers=4", 0),
+        ("shortcut", "size=small, prefer=shortcut, least_layers=0", 5),
+        ("shortcut", "size=small, prefer=widen, least_layers=0", 5),
+        ("shortcut", "size=large, prefer=shortcut, least_layers=4", 0),
         ("dimensions", "size=large", 2),  # 65 x 24 against 7 x 10
         ("uniform", "size=large", 4),
         ("tokens_per_parameter", "size=large, above=60.0", 0),
@@ -52,12 +52,17 @@ def test_transformers_go_by_tokens_per_parameter() -> None:
 
 def test_the_way_around_begins_at_the_input_where_it_can() -> None:
     point = make_point()
-    rule = "size=large, blueprint=shortcut, least_layers=0"
+    rule = "size=large, prefer=shortcut, least_layers=0"
     place = msgspec.structs.replace(point.candidates[5].placements[0], site="bypass:1->2", source="1")
     later = msgspec.structs.replace(point.candidates[5], placements=(place,))
     both = msgspec.structs.replace(point, candidates=(WAIT, later, *point.candidates[1:]))
     assert choice(both, "shortcut", rule) == 6
     assert choice(msgspec.structs.replace(point, candidates=(WAIT, later)), "shortcut", rule) == 1
+    place = msgspec.structs.replace(point.candidates[5].placements[0], blueprint="widen", size=8)
+    units = msgspec.structs.replace(point.candidates[5], placements=(place,))
+    either = msgspec.structs.replace(point, candidates=(*point.candidates[:7], units))
+    assert choice(either, "shortcut", rule) == 5
+    assert choice(either, "shortcut", "size=large, prefer=widen, least_layers=0") == 7
 
 
 def test_sleeping_layers_are_recycled() -> None:
