@@ -98,6 +98,7 @@ def run(
     """
     from esper.bench._policy_arms import LEARNED, judged_arms
     from esper.bench._policy_figures import collect, tuned_figures, write_pages
+    from esper.tamiyo.environment.families import KNOWN
     from esper.tamiyo.judging.matches import available, draw_matches
     from esper.tamiyo.judging.rules import choose_rules, frozen_rules, grid_arms, write_rules
     from esper.tamiyo.judging.units import SCRATCH
@@ -109,7 +110,7 @@ def run(
         raise ConfigError(f"minutes and max_steps should not be negative, got {minutes} and {max_steps}")
     if out and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"out expects a path in a folder that exists, got {out!r}")
-    found, notes = available(families)
+    found, notes = available(families or (tuple(KNOWN) if tune else ()))
     matches = draw_matches(
         found,
         hosts=hosts,
