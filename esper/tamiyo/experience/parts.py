@@ -23,7 +23,7 @@ from esper.tamiyo.graph.facts import Candidate, DecisionPoint, RunFacts
 __all__ = ["SharedParts"]
 
 _DIGEST_BYTES = 16
-_MOST_KEPT = 4096
+_MOST_KEPT_BYTES = 4_000_000  # packed; as objects they take some eight times as much
 _AT_ONCE = 500
 
 _PartT = TypeVar("_PartT")
@@ -47,6 +47,7 @@ class SharedParts:
     def __init__(self, path: str) -> None:
         self._path = path
         self._read: dict[bytes, Any] = {}
+        self._read_bytes = 0
 
     def write(self, db: sqlite3.Connection, point: DecisionPoint) -> bytes:
         """Write the parts that are not there yet, within the transaction under way; returns the rest, packed.
@@ -94,9 +95,13 @@ class SharedParts:
             row = db.execute("SELECT facts FROM parts WHERE digest = ?", (digest,)).fetchone()
             if row is None:
                 raise DataFormatError(f"{where}: the store is damaged: its part {digest.hex()} is missing")
-            if len(self._read) >= _MOST_KEPT:
+            unpacked = unpack(row[0], kind, where)
+            if self._read_bytes + len(row[0]) > _MOST_KEPT_BYTES:
                 self._read.clear()
-            self._read[digest] = unpack(row[0], kind, where)
+                self._read_bytes = 0
+            self._read[digest] = unpacked
+            self._read_bytes += len(row[0])
+            return unpacked
         part: _PartT = self._read[digest]
         return part
 
