@@ -23,7 +23,7 @@ from esper.tamiyo.graph.facts import Candidate, DecisionPoint, RunFacts
 __all__ = ["SharedParts"]
 
 _DIGEST_BYTES = 16
-_MOST_KEPT_BYTES = 4_000_000  # packed; as objects they take some eight times as much
+_MOST_KEPT_BYTES = 4_000_000  # packed; as objects they take some six times as much
 _AT_ONCE = 500
 
 _PartT = TypeVar("_PartT")
