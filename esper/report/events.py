@@ -95,7 +95,9 @@ def _decision(event: DecisionRecord) -> Sentence:
             "refused",
             f"to {decision.action} {what} — {refused} (wanted because: {decision.reason or '?'})",
         )
-    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled", "hold": "held"}[decision.action]
+    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled", "hold": "held"}[
+        decision.action
+    ]
     return done, what + why
 
 
