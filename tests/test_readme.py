@@ -48,9 +48,8 @@ def test_every_command_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     listed = capsys.readouterr().out
     for command in set(re.findall(r"`esper (\w+)", TEXT)):
-        assert re.search(rf"^    {command}\s", listed, flags=re.MULTILINE), (
-            command
-        )  # a long name has a line of its own
+        # a long name has a line of its own
+        assert re.search(rf"^    {command}\s", listed, flags=re.MULTILINE), command
 
 
 def test_every_train_command_composes() -> None:
