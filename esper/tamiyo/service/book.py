@@ -40,9 +40,10 @@ CREATE INDEX IF NOT EXISTS answers_of_run ON answers (run_id, decided_at);
 class ExperienceBook:
     """Answers by request id in one file, experiences in the store beside it.
 
-    An answer is written first, its experience second, and both are on disk before the run hears of it. What a crash
-    leaves between the two is an answer that nobody has heard: the run asks again, gets this very answer, and its
-    experience is completed.
+    An answer is written first, its experience second, and the experience is on the disk itself before the run hears
+    of it. What a crash leaves between the two is an answer that nobody has heard: the run asks again, gets this very
+    answer, and its experience is completed. The file of answers survives a kill, and is not waited for to reach the
+    disk: what a power failure takes of it is put together again from the experience, without its words.
 
     Args:
         path: Of the experience store; the answers lie beside it, in ``NAME.answers``.
@@ -78,7 +79,7 @@ class ExperienceBook:
                 f"{kind:#x} of version {version}; move the file away: experiences are not in it"
             )
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA synchronous = NORMAL")  # waiting for the disk once a round is enough
         self._db.executescript(_TABLES)
         self._db.execute(f"PRAGMA application_id = {_KIND}")
         self._db.execute(f"PRAGMA user_version = {PROTOCOL_VERSION}")
@@ -91,11 +92,33 @@ class ExperienceBook:
         """
         row = self._db.execute("SELECT answer FROM answers WHERE request_id = ?", (request_id,)).fetchone()
         if row is None:
-            return None
+            return self._from_experience(request_id)
         try:
             return msgspec.msgpack.decode(row[0], type=Answer)
         except msgspec.MsgspecError as error:
             raise DataFormatError(f"{self.path}: the answer to {request_id!r} is damaged: {error}") from error
+
+    def _from_experience(self, request_id: str) -> Answer | None:
+        stored = self.store.get(request_id)
+        if stored is None:
+            return None
+        decision = stored.decision
+        return Answer(
+            run_id=decision.run_id,
+            request_id=request_id,
+            sequence=0,
+            candidate=decision.chosen,
+            confidence=decision.confidence,
+            uncertainty=decision.uncertainty or 0.0,
+            value=0.0,
+            urgency=0.0,
+            risk=0.0,
+            reason="decided before; the words were lost",
+            decider=decision.policy,
+            preferred=decision.chosen,
+            version=decision.version,
+            logprob=decision.logprob,
+        )
 
     def write(self, decided: Sequence[tuple[Ask, Answer]], now: float) -> None:
         """Write decisions down; they are on disk when this returns, and those that were there stay as they are.

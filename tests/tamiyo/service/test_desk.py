@@ -188,6 +188,21 @@ def test_a_crash_between_answer_and_experience_is_mended_by_the_repeat(bench: Be
     assert bench.book.store.get("run:1") is not None
 
 
+def test_an_answer_that_a_power_failure_took_is_put_together_from_its_experience(bench: Bench) -> None:
+    bench.hello()
+    bench.ask(1)
+    ((_, first),) = bench.desk.decide()
+    assert isinstance(first, Answer)
+    bench.book.close()
+    for path in bench.folder.glob("x.db.answers*"):
+        path.unlink()
+    bench.open()
+    again = bench.ask(1)
+    assert isinstance(again, Answer)
+    assert (again.candidate, again.decider, again.version) == (first.candidate, "by-step", "1")
+    assert bench.decider.batches == [1]
+
+
 def test_a_request_of_another_run_is_not_given_away(bench: Bench) -> None:
     bench.hello("a")
     bench.hello("b")
