@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from esper.tamiyo.policies.events import check_options
 
-__all__ = ["CandidateConfig"]
+__all__ = ["LEARNED", "CandidateConfig"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,9 @@ class CandidateConfig:
             (0.0 <= self.min_dormancy <= 1.0, "min_dormancy should lie in [0, 1]"),
             (self.score_size >= 1, "score_size should be at least 1"),
         )
+
+
+LEARNED = CandidateConfig(max_beside=2, max_long=2, max_sites=3, max_recycled=2)
+"""What the oracle table was made with, and so what the learned policy was trained on and is offered: all ways to
+stack and to widen alike, the narrowest layers, the two longest ways around, and of what lies beside single layers two
+examples, which were found to hardly help a narrow layer (GROWTH.md §2)."""

@@ -10,16 +10,15 @@ from esper.errors import EsperError
 from esper.tamiyo.environment.config import EpisodeConfig
 from esper.tamiyo.environment.episode import Episode
 from esper.tamiyo.environment.specs import derived_seed
-from esper.tamiyo.graph.candidates import CandidateConfig
+from esper.tamiyo.graph.candidate_config import LEARNED, CandidateConfig
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.oracle.plan import StatePlan
 from esper.tamiyo.oracle.records import Outcome, StateRecord
 
 __all__ = ["TRIED", "reach", "try_state"]
 
-TRIED = CandidateConfig(max_beside=2, max_long=2, max_sites=3, max_recycled=2)
-"""What is offered, and so tried: fewer places of each kind than a run would be offered, so that a table has more
-hosts; most is left out of what lies beside single layers, which hardly helps a narrow one (GROWTH.md §2)."""
+TRIED = LEARNED
+"""What is offered, and so tried: fewer places of each kind than a host has, so that a table has more hosts."""
 
 
 def try_state(

@@ -13,7 +13,7 @@ import msgspec
 
 from esper.messages import Decision
 from esper.tamiyo.graph.builder import ModelGraphBuilder
-from esper.tamiyo.graph.candidate_config import CandidateConfig
+from esper.tamiyo.graph.candidate_config import LEARNED, CandidateConfig
 from esper.tamiyo.graph.carry_out import decisions
 from esper.tamiyo.graph.facts import DecisionPoint
 from esper.tamiyo.graph.history import History
@@ -56,9 +56,9 @@ class TamiyoPolicyConfig:
             every decision point. Asked more often than it was trained to be, it would grow more often.
         fallback: Policy that decides where the network abstains.
         fallback_options: Of that policy.
-        candidates: Which candidates are offered
-            (:class:`~esper.tamiyo.graph.candidate_config.CandidateConfig`): ``{shortcut: false}`` offers no way
-            around the hidden layers.
+        candidates: What is to be offered otherwise than in training
+            (:data:`~esper.tamiyo.graph.candidate_config.LEARNED`): ``{shortcut: false}`` offers no way around the
+            hidden layers.
         enable_uncertainty: See :class:`~esper.tamiyo.network.config.PolicyConfig`, as for all that follow.
         uncertainty_samples: Passes with dropout.
         epistemic_weight: Spread taken off the odds.
@@ -142,7 +142,7 @@ class TamiyoPolicy:
         self.network = copy.copy(network) if network else _load(config.weights)
         self.network.config = dataclasses.replace(self.network.config, **config.thresholds)
         self.last: Judgement | None = None
-        self._offers = CandidateConfig(**config.candidates)
+        self._offers = dataclasses.replace(LEARNED, **config.candidates)
         self._builder = ModelGraphBuilder()
         self._history = History()
         self._asked = 0
