@@ -76,7 +76,7 @@ def _fits(axes: Axes, found: Supervised, tabled: Tabled) -> None:
 
 
 def _experiences(axes: Axes, tabled: Tabled) -> None:
-    axes.set_title("Experiences")
+    axes.set_title("Learning speed")
     states = [point.num_states for point in tabled.curve]
     for split, colour in (("validation", _ORANGE), ("test", GROWTH_COLOUR)):
         accuracy = [getattr(point, split).accuracy for point in tabled.curve]
@@ -96,7 +96,7 @@ def _experiences(axes: Axes, tabled: Tabled) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("states of the table seen")
     axes.set_ylabel("policy accuracy")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.78))
 
 
 def _returns(axes: Axes, ppo: Ppo) -> None:
@@ -112,8 +112,7 @@ def _returns(axes: Axes, ppo: Ppo) -> None:
         added = played.added
         low, high = added.interval or (added.mean, added.mean)
         lines.append(f"{split} hosts: PPO adds {added.mean:+.3f} nats [{low:+.3f}, {high:+.3f}]")
-    axes.annotate("\n".join(lines), (0.02, 0.04), xycoords="axes fraction", fontsize=9.5)
-    axes.set_xlabel("decisions learned from")
+    axes.set_xlabel("decisions learned from\n" + "\n".join(lines))
     axes.set_ylabel("nats a run")
     axes.legend()
 

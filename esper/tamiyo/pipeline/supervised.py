@@ -124,6 +124,11 @@ def supervised_stage(
     )
 
 
+def network_config(hidden: int) -> PolicyConfig:
+    """Sizes of a network of some width, with the dropout that was best for a table of this size."""
+    return PolicyConfig(hidden_dim=hidden, feature_dropout=0.3, head_dropout=0.3)
+
+
 def planned_fits(config: LearnConfig, data: Dataset) -> int:
     """How many networks will be fitted."""
     members, curve, transfer = _fits(config, data)
@@ -144,10 +149,11 @@ def _fits(config: LearnConfig, data: Dataset) -> tuple[list[Fit], list[tuple[int
         settings = SupervisedConfig(
             batch_size=effort.batch_size,
             max_epochs=effort.max_epochs,
+            weight_decay=1e-2,
             keep="last",
             seed=1000 * config.seed + seed,
         )
-        return Fit(name, PolicyConfig(hidden_dim=hidden), settings, own, stop)
+        return Fit(name, network_config(hidden), settings, own, stop)
 
     members = [
         fit(f"member-{hidden}-{seed}", hidden, seed, train, validation)
@@ -204,7 +210,7 @@ def _students(
     return [
         Fit(
             f"student-{hidden}-{seed}",
-            PolicyConfig(hidden_dim=hidden),
+            network_config(hidden),
             replace(settings, seed=1000 * config.seed + 700 + seed),
             lessons,
             data.rows("validation"),

@@ -17,7 +17,7 @@ from esper.tamiyo.environment.config import BUDGETS
 from esper.tamiyo.environment.episode import Episode
 from esper.tamiyo.environment.workers import LocalWorkers
 from esper.tamiyo.graph.candidates import CandidateConfig
-from esper.tamiyo.graph.facts import Candidate
+from esper.tamiyo.graph.facts import Candidate, DecisionPoint
 from esper.tamiyo.oracle.plan import GROWN_AT, StatePlan
 from esper.tamiyo.oracle.records import StateRecord, utilities
 from esper.tamiyo.oracle.trials import TRIED, reach
@@ -30,7 +30,7 @@ INTERVAL = 0.05
 
 
 class _Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one state: nothing where waiting is best or the candidate is not offered any more."""
+    """Of one state: nothing where waiting is best, or the state or the candidate could not be had again."""
 
     state_id: str
     found: tuple[Urgency, ...]
@@ -46,8 +46,9 @@ def measure_urgency(
     """Measure what it costs to do the best candidate one interval later.
 
     The best candidate of one half of the repeats is postponed in a repeat of the other half, so that it is not
-    chosen for the luck that it is then held against. The run is brought to the state anew, which gives the
-    state that the table holds, and goes on in the order of data in which the candidate was tried at once.
+    chosen for the luck that it is then held against. The run is brought to the state anew and goes on in the
+    order of data in which the candidate was tried at once. A state that is not reached again as the table has
+    it, bit for bit (another version or processor made the table), is left out.
 
     Args:
         records: Training states.
@@ -57,8 +58,7 @@ def measure_urgency(
         candidates: What the table was offered.
 
     Raises:
-        DataFormatError: The file is damaged, or a state is not reached again as the table has it: the table
-            was made by another version.
+        DataFormatError: The file is damaged.
     """
     known = {m.state_id: m for m in _read(path)}
     todo = [record for record in records if record.state_id not in known]
@@ -98,11 +98,8 @@ def _measure(record: StateRecord, offers: CandidateConfig) -> _Measured:
 def _later(record: StateRecord, candidate: int, repeat: int, offers: CandidateConfig) -> float | None:
     """Held-out loss at the end when the candidate is done an interval later; None where it cannot be."""
     episode, point = reach(_plan(record), candidates=offers, later=INTERVAL)
-    if point is None or _offer(point.candidates) != _offer(record.point.candidates):
-        raise DataFormatError(
-            f"state {record.state_id!r} is not reached again as the table has it; make the table anew with this "
-            "version, or set urgency_states=0"
-        )
+    if point is None or _course(point) != _course(record.point):
+        return None
     branch = episode.branch(repeat=repeat + 1)  # the order in which the candidate was tried at once
     branch.act(0)
     following = branch.advance()
@@ -140,8 +137,10 @@ def _plan(record: StateRecord) -> StatePlan:
     )
 
 
-def _offer(candidates: Sequence[Candidate]) -> list[object]:
-    return [_places(candidate) for candidate in candidates]
+def _course(point: DecisionPoint) -> tuple[object, ...]:
+    """What tells whether a state is the one that the table has."""
+    run = point.run
+    return run.step, run.num_parameters, run.train_losses, run.held_out_loss
 
 
 def _places(candidate: Candidate) -> tuple[object, ...]:
