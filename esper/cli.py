@@ -10,6 +10,7 @@ from pathlib import Path
 
 from esper.errors import EsperError
 from esper.experiences_command import add_experiences
+from esper.index_command import add_ask, add_index
 from esper.learn_command import add_learn
 
 __all__ = ["main", "print_error"]
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_experiences(
         commands.add_parser("experiences", help="look into a store of decisions and outcomes, or export it")
+    )
+    add_index(commands.add_parser("index", help="bring files into a store of passages, or keep up with them"))
+    add_ask(
+        commands.add_parser(
+            "ask", help="show the passages of a store that a question finds, with their places"
+        )
     )
     add_learn(commands.add_parser("learn", help="learn the policy that decides about growth"))
     doctor = commands.add_parser(
@@ -214,6 +221,14 @@ def _dispatch(options: argparse.Namespace) -> int:
         from esper.experiences_command import experiences
 
         return experiences(options)
+    elif options.command == "index":
+        from esper.index_command import index
+
+        return index(options)
+    elif options.command == "ask":
+        from esper.index_command import ask
+
+        return ask(options)
     elif options.command == "learn":
         from esper.learn_command import learn
 

@@ -1,7 +1,7 @@
 """Texts become vectors, behind LangChain's ``Embeddings``."""
 
 from esper.cortex.encoder.base import Encoder, unit_vectors
-from esper.cortex.encoder.build import build_encoder
+from esper.cortex.encoder.build import build_encoder, describe_encoder
 from esper.cortex.encoder.cache import CachedEncoder
 from esper.cortex.encoder.hashing import HashingConfig, HashingEncoder
 from esper.cortex.encoder.minilm import MiniLMConfig, MiniLMEncoder
@@ -17,5 +17,6 @@ __all__ = [
     "WrappedConfig",
     "WrappedEncoder",
     "build_encoder",
+    "describe_encoder",
     "unit_vectors",
 ]

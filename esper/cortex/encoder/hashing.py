@@ -7,8 +7,6 @@ pieces of words do not drown the words. It knows nothing of synonyms; it needs n
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +15,12 @@ from zlib import crc32
 import numpy as np
 
 from esper.cortex.encoder.base import Encoder, Vectors, check_texts
+from esper.cortex.words import split_words
 from esper.errors import ConfigError
 
 __all__ = ["HashingConfig", "HashingEncoder"]
 
 _VERSION = 1  # of the arithmetic below: another one makes other vectors
-_WORD = re.compile(r"\w+")
-_JOINT = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+")
 _PIECE_CHARS = (3, 4, 5)
 _SPACE = ord(" ")
 _FUNCTION_WORDS = frozenset(
@@ -96,17 +93,14 @@ class HashingEncoder(Encoder):
         return vectors
 
     def _vector(self, text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        if not text.isascii():
-            text = unicodedata.normalize("NFKC", text)
-        parts = _WORD.findall(_JOINT.sub(" ", text).lower())
+        parts, wholes = split_words(text)
         if not parts:  # nothing but punctuation: that is its word
             parts = ["".join(text.split())]
-        wholes = set(_WORD.findall(text.lower())).difference(parts)
         words = _word_hashes(parts)
         plain = np.fromiter((part in _FUNCTION_WORDS for part in parts), dtype=bool, count=len(parts))
         total = np.zeros(self.dimension)
         shares = (1.0 - self.config.pairs - self.config.pieces, self.config.pairs, self.config.pieces)
-        singles = np.concatenate([words, _word_hashes(sorted(wholes))])
+        singles = np.concatenate([words, _word_hashes(wholes)])
         weights = np.ones(len(singles))
         weights[: len(parts)][plain] = _FUNCTION_WEIGHT
         pairs = words[:-1] * _BASE + words[1:] + _SALTS["pair"]
