@@ -11,6 +11,7 @@ import torch
 from loop import Loop
 
 from esper.errors import CheckpointError, ConfigError
+from esper.kasmina.optimizer import group_names, reorder_groups
 from esper.tamiyo.network.config import PolicyConfig
 from esper.tamiyo.network.network import TamiyoNetwork
 from esper.tamiyo.network.weights import save_network, shipped
@@ -150,6 +151,7 @@ def test_a_run_resumed_from_a_file_ends_as_one_that_was_not_interrupted(weights:
     state = {
         "model": half.model.state_dict(),
         "optimizer": half.optimizers[0].state_dict(),
+        "groups": group_names(half.optimizers, half.model.named_parameters()),
         "controller": half.controller.state_dict(),
     }
     torch.save(state, tmp_path / "run.pt")
@@ -157,6 +159,7 @@ def test_a_run_resumed_from_a_file_ends_as_one_that_was_not_interrupted(weights:
     resumed = loop(weights, 0, **options)
     resumed.model.load_state_dict(state["model"])
     resumed.body.register(*resumed.optimizers)
+    reorder_groups(resumed.optimizers, state["groups"], resumed.model.named_parameters())
     resumed.optimizers[0].load_state_dict(state["optimizer"])
     resumed.controller.load_state_dict(state["controller"])
     resumed.step = half.step
