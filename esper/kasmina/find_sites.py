@@ -179,11 +179,12 @@ def _long_bypasses(model: nn.Module, topology: ModelTopology, usable: dict[str, 
         sources = _spread(sources, _MAX_LONG // len(outputs))
     # Several non-linearities lie on the way: hidden units along it get the one that the host uses most.
     ops = (_usual_activation(topology),)
+    called = {layer.name: place for place, layer in enumerate(topology.layers)}
     return [
         _site("bypass", source, target, ops=ops, long=True)
         for target in outputs
         for source in sources
-        if source.name != target.name
+        if called[source.name] < called[target.name]  # else its input is not there yet when the target runs
     ]
 
 

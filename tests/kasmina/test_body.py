@@ -269,3 +269,29 @@ def test_the_manifest_lists_every_seed() -> None:
 
 def test_the_public_names_are_these_functions() -> None:
     assert (esper.attach, esper.detach, esper.Body) == (attach, detach, Body)
+
+
+class _ShortcutLast(nn.Module):
+    """Adds a linear way from its input after everything else has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.around = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu()) + self.around(x)
+
+
+def test_no_seed_is_offered_an_input_that_is_not_there_yet():
+    torch.manual_seed(0)
+    body = attach(_ShortcutLast(), torch.randn(4, 6))
+    sites = {site.name: site for site in body.sites}
+    assert "bypass:around->head" not in sites
+    assert {"bypass:first->head", "bypass:first->around"} <= sites.keys()
+    for site in sites.values():
+        for name in site.blueprints:
+            seed = body.germinate(site, name)
+            seed.enter("holding", 1.0)
+            body.model(torch.randn(4, 6))
+            body.cull(seed)
