@@ -62,7 +62,7 @@ def write_result(
     figures = _figures(found, tabled, ppo)
     content = {
         "versions": collect_versions(),
-        "options": config.decides(),
+        "options": {"stages": config.stages, **config.decides()},
         "table": digest,
         "network": name,
         "rules": {f"{price:g}": str(rule) for price, rule in tabled.rules.items()},

@@ -138,9 +138,9 @@ class LearnConfig:
         )
 
     def decides(self) -> dict[str, Any]:
-        """Everything that results depend on beside the table; the number of workers does not."""
+        """Everything that finished parts depend on beside the table: neither where they run, nor what comes after."""
         values = dataclasses.asdict(self)
-        for name in ("table", "out", "num_workers", "rollout"):
+        for name in ("table", "out", "num_workers", "rollout", "stages"):
             del values[name]
         return values
 
