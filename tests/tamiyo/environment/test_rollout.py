@@ -49,7 +49,8 @@ def facts(played: list[Played]) -> list[Any]:
     ]
 
 
-def test_any_number_of_workers_plays_the_same() -> None:
+def test_any_number_of_workers_plays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ESPER_DATA_DIR", raising=False)
     here = facts(Rollouts(0).play(RUNS, chooser(), config=GAME, seed=5))
     assert here == facts(Rollouts(0).play(RUNS, chooser(), config=GAME, seed=5))
     assert here != facts(Rollouts(0).play(RUNS, chooser(), config=GAME, seed=6))
