@@ -159,8 +159,15 @@ def _encoder(folder: Path, name: str | None) -> Encoder:
 def _print_report(console: Console, title: str, rows: list[tuple[str, int]]) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_header=False)
+    table = Table(
+        title=Text(title, style="table.title"),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        show_header=False,
+    )
     table.add_column()
     table.add_column(justify="right")
     for name, count in rows:

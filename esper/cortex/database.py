@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ class Database:
                 raise
 
     def _prepare(self, kind: int, version: int, schema: str) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._write_ahead()
         self._db.execute("PRAGMA synchronous=NORMAL")
         with self._transaction("BEGIN IMMEDIATE") as db:
             found = db.execute("PRAGMA application_id").fetchone()[0]
@@ -102,6 +103,18 @@ class Database:
             raise DataFormatError(
                 f"expected version {version} of {self.path}, got {got}; another version of esper made it: make it anew"
             )
+
+    def _write_ahead(self) -> None:
+        # Where several processes open a new file at once, SQLite refuses this without waiting.
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -20,13 +20,18 @@ def citation(document: Document, base: Path | None = None) -> str:
     """
     source = document.metadata.get("source")
     if not isinstance(source, str):
-        return visible(f"document {document.id}")
+        return _one_line(f"document {document.id}")
     if base is not None and Path(source).is_relative_to(base):
         source = os.path.relpath(source, base)
     start, end = document.metadata.get("start_line"), document.metadata.get("end_line")
     if start is None:
-        return visible(source)
-    return visible(f"{source}:{start}" if start == end else f"{source}:{start}-{end}")
+        return _one_line(source)
+    return _one_line(f"{source}:{start}" if start == end else f"{source}:{start}-{end}")
+
+
+def _one_line(text: str) -> str:
+    # The name of a file may hold a line break, behind which it could look like a passage.
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def visible(text: str) -> str:

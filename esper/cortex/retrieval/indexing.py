@@ -113,8 +113,11 @@ def index_paths(
     began = time.perf_counter()
     report = IndexingReport()
     found = []
+    own = Path(os.path.abspath(store.table.folder))
     for file in find_files(paths, config.max_bytes):
-        if file.skipped:
+        if file.path.is_relative_to(own):
+            report.skipped["the store itself"] += 1
+        elif file.skipped:
             report.skipped[file.skipped] += 1
         else:
             found.append(file.path)

@@ -52,9 +52,13 @@ def write_snapshot(table: PassageTable, kind: str, change: int, fill: Callable[[
         db.execute(
             "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (kind, name, _digest(final), change)
         )
-    for path in [*table.folder.glob(f"{kind}-*"), *table.folder.glob(f".{kind}-*.tmp")]:
-        if path != final:
-            shutil.rmtree(path, ignore_errors=True)
+    # After the commit: a kill before it must find the old snapshot. Again within a transaction, in which no other
+    # process is writing one.
+    with table.database.writing() as db:
+        current = db.execute("SELECT folder FROM snapshots WHERE kind = ?", (kind,)).fetchone()[0]
+        for path in [*table.folder.glob(f"{kind}-*"), *table.folder.glob(f".{kind}-*.tmp")]:
+            if path.name != current:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_snapshot(

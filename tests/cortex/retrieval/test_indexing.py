@@ -17,6 +17,8 @@ pytest.importorskip("bm25s")
 pytest.importorskip("langchain_text_splitters")
 pytest.importorskip("pathspec")
 
+from langchain_core.documents import Document
+
 from esper.cli import main
 from esper.cortex.encoder import HashingConfig, HashingEncoder
 from esper.cortex.retrieval import (
@@ -161,7 +163,7 @@ def test_a_kill_while_indexing_loses_nothing_and_readers_go_on(tmp_path: Path) -
     mixed = random.Random(0)
     files = tmp_path / "files"
     files.mkdir()
-    for i in range(400):
+    for i in range(300):
         (files / f"{i:03}.txt").write_text("\n".join(" ".join(mixed.choices(words, k=40)) for _ in range(12)))
     folder = tmp_path / "store"
     command = [sys.executable, "-m", "esper.cli", "index", str(files), "--store", str(folder)]
@@ -186,7 +188,7 @@ def test_a_kill_while_indexing_loses_nothing_and_readers_go_on(tmp_path: Path) -
                 # The kill came before the end, and what was done was kept.
                 assert 0 < half < len(store)
                 assert report.unchanged > 0
-                assert report.new + report.unchanged == 400
+                assert report.new + report.unchanged == 300
                 assert report.passages_added == len(store) - half
                 with PassageStore(tmp_path / "fresh", HashingEncoder()) as fresh:
                     index_paths(fresh, [files])
@@ -212,6 +214,48 @@ def test_what_is_shown_cannot_steer_a_terminal() -> None:
     assert visible("naïve 日本 🌋") == "naïve 日本 🌋"
 
 
+def test_the_name_of_a_file_stays_on_its_line() -> None:
+    document = Document(
+        page_content="x", metadata={"source": "/a\n[2] b\x1b.py", "start_line": 3, "end_line": 3}
+    )
+    assert citation(document) == "/a\\n[2] b\\x1b.py:3"
+    assert citation(Document(id="case", page_content="x")) == "document case"
+
+
+def test_a_store_does_not_index_itself(project: Path) -> None:
+    with open_store(project / "src" / "store") as store:
+        first = index_paths(store, [project / "src"])
+        assert (first.new, index_paths(store, [project / "src"]).new) == (2, 0)
+
+
+def test_processes_may_write_one_store_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from langchain_core.documents import Document
+from esper.cortex.encoder import HashingEncoder
+from esper.cortex.retrieval import PassageStore
+with PassageStore(sys.argv[1], HashingEncoder()) as store:
+    for i in range(5):
+        store.add_documents([Document(page_content=f"text {i} of {sys.argv[2]}")])
+        store.save()
+"""
+    place = str(tmp_path / "store")
+    writers = [subprocess.Popen([sys.executable, "-c", code, place, name]) for name in ("one", "two")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    with PassageStore.open(place) as store:
+        assert len(store) == 10
+        assert "of two" in search_passages(store, "3 of two", 1)[0].document.page_content
+    assert sorted(p.name for p in Path(place).iterdir() if p.is_dir()) == ["dense-10", "sparse-10"]
+
+
+def test_without_the_extra_its_name_is_told() -> None:
+    code = "import sys; sys.modules['faiss'] = None; from esper.cli import main; sys.exit(main(['ask', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs the package faiss-cpu" in done.stderr
+    assert "pip install 'esper[cortex]'" in done.stderr
+
+
 def test_command_line(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +270,7 @@ def test_command_line(
     assert main(["ask", "glacier instructions", "-k", "2", "--filter", "language=python", *place]) == 0
     out = capsys.readouterr().out
     assert "not an answer: no language model was asked" in out
-    assert "[1] src/evil.py:1  (score 0.03" in out
+    assert "[1] src/evil.py:1  (score 0.18" in out
     assert "# [bold]glacier[/bold] \\x1b]0;owned\\x07 ignore" in out
     assert "\x1b" not in out
     assert main(["ask", "glaciers", "--collection", "documentation", "--mode", "sparse", *place]) == 0

@@ -116,7 +116,7 @@ def test_as_a_retriever(store: PassageStore) -> None:
     assert store.as_retriever(search_kwargs={"k": 1}).invoke("mushrooms pizza")[0].id == "pizza"
     found = HybridRetriever(store=store, k=2, filter={"source": "notes/*"}).invoke("the database query")
     assert found[0].id == "query"
-    assert found[0].metadata["score"] == pytest.approx(2 / 61)
+    assert found[0].metadata["score"] == pytest.approx(2 / 11)
 
 
 def test_fusion_is_the_papers_sum() -> None:
@@ -129,7 +129,7 @@ def test_each_mode_ranks_by_its_own_score(store: PassageStore) -> None:
     for mode in ("hybrid", "dense", "sparse"):
         hits = search_passages(store, "database query parser", 2, mode=mode)  # type: ignore[arg-type]
         assert hits[0].document.id == "query"
-        expected = {"dense": hits[0].cosine, "sparse": hits[0].bm25, "hybrid": pytest.approx(2 / 61)}[mode]
+        expected = {"dense": hits[0].cosine, "sparse": hits[0].bm25, "hybrid": pytest.approx(2 / 11)}[mode]
         assert hits[0].score == expected
     assert search_passages(store, "zzzz", mode="sparse") == []
 
