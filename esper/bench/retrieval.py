@@ -112,7 +112,7 @@ def run(
 def _reciprocal_ranks(
     store: PassageStore, questions: Sequence[str], right: Sequence[str], mode: Mode
 ) -> tuple[np.ndarray, tuple[list[float], list[float]]]:
-    """One over the rank of each right passage (0 beyond the top), and each search's ms: by the clock, of the processor."""
+    """One over the rank of each right passage (0 beyond the top), and each search's ms: by clock, of processor."""
     from esper.cortex.retrieval.search import search_passages
 
     found: list[float] = []
