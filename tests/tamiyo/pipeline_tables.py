@@ -17,6 +17,7 @@ TINY = Effort(
     num_seeds=2,
     max_epochs=2,
     batch_size=8,
+    max_trees=10,
     fresh_states=0,
     urgency_states=0,
     transfer=True,

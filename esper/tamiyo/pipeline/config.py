@@ -27,6 +27,7 @@ class Effort:
         num_seeds: Networks of each width; those of one width are averaged for the student to learn from.
         max_epochs: Of each fit.
         batch_size: Decisions a step of each fit.
+        max_trees: Of the boosted baseline.
         fresh_states: Decision points of further training hosts that the student sees beside the table's. Nothing
             is tried there, so a point is cheap; the teachers say what its candidates are worth.
         urgency_states: Training states at which waiting one interval is tried.
@@ -41,6 +42,7 @@ class Effort:
     num_seeds: int = 5
     max_epochs: int = 40
     batch_size: int = 32
+    max_trees: int = 400
     fresh_states: int = 400
     urgency_states: int = 60
     transfer: bool = True
@@ -51,7 +53,15 @@ class Effort:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
-        least_one = ("num_seeds", "max_epochs", "batch_size", "curve_points", "ppo_rounds", "judged_episodes")
+        least_one = (
+            "num_seeds",
+            "max_epochs",
+            "batch_size",
+            "max_trees",
+            "curve_points",
+            "ppo_rounds",
+            "judged_episodes",
+        )
         check(
             self,
             (bool(self.hidden_sizes), "hidden_sizes should not be empty"),

@@ -94,7 +94,7 @@ def supervised_stage(
     settings = members[0].config
     teach = _students(config, data, fresh, teachers, settings)
     students = list(fit_all(teach, folder, workers, done).values())
-    boosting = BoostedValues(seed=config.seed)
+    boosting = BoostedValues(max_iterations=config.effort.max_trees, seed=config.seed)
     boosting.fit(data.rows("train"), data.rows("validation"))
 
     rows = data.rows("validation")
