@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 from langchain_core.embeddings import Embeddings
 
 from esper.cortex.encoder.base import Encoder, Vectors, check_texts, unit_vectors
@@ -81,10 +82,12 @@ class WrappedEncoder(Encoder):
     def encode(self, texts: Sequence[str]) -> Vectors:
         """See :meth:`Encoder.encode`; by the other's ``embed_documents``."""
         check_texts(texts)
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
         vectors = self._inner.embed_documents(list(texts))
         if len(vectors) != len(texts):
             raise ConfigError(f"{self.config.path} gave {len(vectors)} vectors for {len(texts)} texts")
-        return unit_vectors(vectors, self.dimension, self.config.path) if texts else _none(self.dimension)
+        return unit_vectors(vectors, self.dimension, self.config.path)
 
     def embed_query(self, text: str) -> list[float]:
         """By the other's ``embed_query``, which may differ from its documents'."""
@@ -100,9 +103,3 @@ class WrappedEncoder(Encoder):
             return version(package)
         except PackageNotFoundError:
             return "unknown"
-
-
-def _none(dimension: int) -> Vectors:
-    import numpy as np
-
-    return np.empty((0, dimension), dtype=np.float32)

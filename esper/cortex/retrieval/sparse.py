@@ -107,7 +107,7 @@ class SparseIndex:
 
 def _read(folder: Path) -> tuple[Any, np.ndarray[Any, np.dtype[np.int64]]]:
     rows = np.load(folder / _ROWS, allow_pickle=False)
-    return bm25s.BM25.load(folder, load_corpus=False), rows
+    return bm25s.BM25.load(folder, load_corpus=False, show_progress=False), rows
 
 
 def _tokens(text: str) -> list[str]:
