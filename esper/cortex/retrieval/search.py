@@ -24,8 +24,8 @@ MAX_QUESTION_CHARS = 20_000
 
 _DEPTH = 100
 # The paper's 60 is for many systems over pools of relevant pages. Where one passage is the right one, first ranks
-# should count for more: 10 was better with every setting of the hashing encoder tried over scikit-learn and networkx (not in the benchmark's
-# default libraries).
+# should count for more: 10 was better with every setting of the hashing encoder that was tried over scikit-learn
+# and networkx (not in the benchmark's default libraries).
 _CONSTANT = 10.0
 
 
