@@ -18,6 +18,7 @@ from esper.report.summary import collect_versions
 from esper.tamiyo.network.network import TamiyoNetwork
 from esper.tamiyo.network.weights import card_path, save_network
 from esper.tamiyo.pipeline.config import LearnConfig
+from esper.tamiyo.pipeline.episodes import paired
 from esper.tamiyo.pipeline.ppo import Ppo
 from esper.tamiyo.pipeline.report import Tabled
 from esper.tamiyo.pipeline.supervised import Supervised
@@ -132,9 +133,12 @@ def _figures(found: Supervised, tabled: Tabled, ppo: Ppo | None) -> dict[str, fl
     }
     if ppo is not None:
         figures |= {"ppo_episodes": ppo.num_episodes, "ppo_experiences": ppo.num_experiences,
-                    "ppo_adopted": float(ppo.adopted)}  # fmt: skip
+                    "ppo_adopted": float(ppo.adopted), "ppo_share": ppo.share}  # fmt: skip
+        for share, (runs, single) in ppo.shares.items():
+            figures |= {f"ppo_share_{share:g}_runs": runs, f"ppo_share_{share:g}_one_decision": single}
         for split, played in ppo.played.items():
             figures |= _estimate(f"ppo_adds_{split}", played.added)
+            figures |= _estimate(f"episodes_{split}_over_rule", paired(played.after, played.rule))
             for name in ("before", "after", "rule"):
                 own = [result.utility for result in getattr(played, name)]
                 figures[f"episodes_{split}_{name}"] = math.fsum(own) / len(own)

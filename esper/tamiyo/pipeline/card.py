@@ -7,6 +7,7 @@ from rich.table import Table
 from esper.report.statistics import Estimate
 from esper.tamiyo.pipeline.config import LearnConfig
 from esper.tamiyo.pipeline.dataset import Dataset
+from esper.tamiyo.pipeline.episodes import paired
 from esper.tamiyo.pipeline.ppo import Ppo
 from esper.tamiyo.pipeline.report import TARGET_ACCURACY, Line, Tabled
 from esper.tamiyo.pipeline.supervised import Supervised
@@ -58,9 +59,13 @@ hosts. Accuracy: within 10 % of the best candidate's utility or within noise; st
     reached = f"with {tabled.experiences} states" if tabled.experiences is not None else "not reached"
     text += f"Learning speed: {TARGET_ACCURACY:.0%} accuracy on test hosts {reached}.\n\n"
     if ppo is not None:
-        text += "PPO on whole runs with several decisions, by itself (paired hosts):\n\n"
+        what = f"{ppo.share:.0%} of what it changed"
+        text += f"PPO on whole runs with several decisions, by itself (paired hosts; {what}):\n\n"
         for split, played in ppo.played.items():
-            text += f"- {split}: adds {interval(played.added)} nats a run\n"
+            text += (
+                f"- {split}: adds {interval(played.added)} nats a run; over the best fixed rule, acting once, "
+                f"{interval(paired(played.after, played.rule))}\n"
+            )
         text += f"\nIt was {'adopted' if adopted else 'not adopted: the value model ships'}.\n\n"
     text += f"""## Thresholds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +17,9 @@ from esper.tamiyo.learning.config import SupervisedConfig
 from esper.tamiyo.network.network import TamiyoNetwork
 from esper.tamiyo.pipeline.config import LearnConfig
 from esper.tamiyo.pipeline.dataset import Dataset, make_dataset, open_records, spread
+from esper.tamiyo.pipeline.deciding import choices, readings
 from esper.tamiyo.pipeline.fresh import fresh_graphs, fresh_plans
-from esper.tamiyo.pipeline.judging import best_rules
+from esper.tamiyo.pipeline.judging import best_rules, utility
 from esper.tamiyo.pipeline.ppo import Ppo, planned_episodes, ppo_stage
 from esper.tamiyo.pipeline.progress import Parts
 from esper.tamiyo.pipeline.report import Tabled, tabled
@@ -90,9 +92,17 @@ def learn(config: LearnConfig, console: Console) -> Learned:
         Rollouts(config.num_workers, where=config.rollout) as rollouts,
         parts.part("whole runs", planned_episodes(config)) as done,
     ):
-        ppo = ppo_stage(config, found.network, rules, families, rollouts, out / "ppo", done)
+        ppo = ppo_stage(
+            config, found.network, rules, families, rollouts, out / "ppo", done, partial(_one_decision, data)
+        )
     network = ppo.network if ppo.adopted else found.network
     return Learned(data, found, tabled(data, found, network, temperature), ppo, network)
+
+
+def _one_decision(data: Dataset, network: TamiyoNetwork) -> float:
+    """Utility of single decisions on validation states, thresholds and fallback included."""
+    cases = data.validation
+    return utility(cases, choices(network.config, cases, readings(network, cases)).candidates)
 
 
 def _claim(config: LearnConfig, data: Dataset) -> None:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
+from torch import nn
 
 from esper.atomic import replacing
 from esper.errors import DataFormatError
 from esper.report.statistics import Estimate
 from esper.tamiyo.environment.assignments import AssignmentConfig, numbered_assignments
-from esper.tamiyo.environment.choosers import NetworkChooser
+from esper.tamiyo.environment.choosers import MakeChooser, NetworkChooser
 from esper.tamiyo.environment.families import KNOWN
 from esper.tamiyo.environment.rollout import Rollouts
 from esper.tamiyo.environment.specs import Split, derived_seed
@@ -31,7 +33,8 @@ __all__ = ["Played", "Ppo", "planned_episodes", "ppo_stage"]
 _DECISIONS = 5
 """Of an episode, about."""
 
-JUDGED: tuple[Split, ...] = ("validation", "test")
+_SHARES = (0.5, 1.0)
+"""Of the way from the value model's weights to PPO's, where networks are tried."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Played:
 
     Attributes:
         before: Played by the value model.
-        after: Played by what PPO made of it.
+        after: Played by the network with the share of what PPO changed that is best on validation hosts.
         rule: Played by the best fixed rules, which act once.
     """
 
@@ -59,15 +62,20 @@ class Ppo:
     """What the stage leaves behind.
 
     Attributes:
-        network: After PPO.
+        network: With the share of what PPO changed that is best on validation hosts.
+        share: That share.
+        shares: Share -> utility of whole runs of validation hosts, and of single decisions of the table's.
         rounds: Metrics of every update.
         num_episodes: Played to learn from.
         num_experiences: Decisions among them.
         played: By split.
-        adopted: PPO is worth more on validation hosts, by more than a standard error of the difference.
+        adopted: That network is worth more than the value model in whole runs of validation hosts, by more than a
+            standard error of the difference, and not less when their single decisions are counted too.
     """
 
     network: TamiyoNetwork
+    share: float
+    shares: Mapping[float, tuple[float, float]]
     rounds: Sequence[Mapping[str, float]]
     num_episodes: int
     num_experiences: int
@@ -78,7 +86,7 @@ class Ppo:
 def planned_episodes(config: LearnConfig) -> int:
     """How many runs will be played."""
     effort = config.effort
-    return effort.ppo_rounds * effort.ppo_episodes + 3 * len(JUDGED) * effort.judged_episodes
+    return effort.ppo_rounds * effort.ppo_episodes + (len(_SHARES) + 5) * effort.judged_episodes
 
 
 def ppo_stage(
@@ -89,8 +97,13 @@ def ppo_stage(
     rollouts: Rollouts,
     folder: Path,
     done: Callable[[str], None],
+    one_decision: Callable[[TamiyoNetwork], float],
 ) -> Ppo:
     """Train on whole runs, and play hosts that were not trained on before and after.
+
+    A few hundred decisions of whole runs teach when to stop, and make a network forget some of what thousands of
+    tried candidates had taught. Weights between the two keep both (Wortsman et al. 2022, arXiv 2109.01903), so
+    networks on the way are tried as well, by whole runs and single decisions alike.
 
     Args:
         config: Of the learning.
@@ -100,33 +113,62 @@ def ppo_stage(
         rollouts: Processes.
         folder: For checkpoints and finished runs.
         done: Told of each run.
+        one_decision: Utility of a network's single decisions on the table's validation states.
     """
     assert set(families) <= set(KNOWN)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, start)
     rounds = _train(config, trainer, families, rollouts, folder, done)
-    network = copy.deepcopy(trainer.policy)
-    assert isinstance(network, TamiyoNetwork)
-    played = {}
-    for split in JUDGED:
-        runs = hosts_to_play(families, split, config.effort.judged_episodes, config.seed)
-        by_chooser = {
-            name: play_all(runs, make, folder / f"{split}-{name}.json", rollouts, done)
-            for name, make in (
-                ("before", PolicyChooser.of(start)),
-                ("after", PolicyChooser.of(network)),
-                ("rule", RuleChooser(rules)),
-            )
-        }
-        played[split] = Played(**by_chooser)
+    runs = {
+        split: hosts_to_play(families, split, config.effort.judged_episodes, config.seed)
+        for split in ("validation", "test")
+    }
+
+    def play(split: Split, name: str, make: MakeChooser) -> list[EpisodeResult]:
+        return play_all(runs[split], make, folder / f"{split}-{name}.json", rollouts, done)
+
+    validation = play("validation", "before", PolicyChooser.of(start))
+    shares = {0.0: (_mean(validation), one_decision(start))}
+    networks, results = {}, {}
+    for share in _SHARES:
+        networks[share] = _between(start, trainer.policy, share)
+        results[share] = play("validation", f"share-{share:g}", PolicyChooser.of(networks[share]))
+        shares[share] = _mean(results[share]), one_decision(networks[share])
+    best = max(_SHARES, key=lambda share: sum(shares[share]))
+    network = networks[best]
+    rule = RuleChooser(rules)
+    played: dict[Split, Played] = {
+        "validation": Played(validation, results[best], play("validation", "rule", rule)),
+        "test": Played(
+            play("test", "before", PolicyChooser.of(start)),
+            play("test", f"share-{best:g}", PolicyChooser.of(network)),
+            play("test", "rule", rule),
+        ),
+    }
     return Ppo(
         network=network,
+        share=best,
+        shares=shares,
         rounds=rounds,
         num_episodes=len(rounds) * config.effort.ppo_episodes,
         num_experiences=trainer.num_experiences,
         played=played,
-        adopted=_pays(played["validation"]),
+        adopted=_pays(played["validation"]) and sum(shares[best]) >= sum(shares[0.0]),
     )
+
+
+def _between(start: TamiyoNetwork, end: nn.Module, share: float) -> TamiyoNetwork:
+    """A network with weights between those of two others; thresholds and memory are those of ``start``."""
+    network = copy.deepcopy(start)
+    target = dict(end.named_parameters())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.lerp_(target[name], share)
+    return network
+
+
+def _mean(results: Sequence[EpisodeResult]) -> float:
+    return math.fsum(result.utility for result in results) / len(results)
 
 
 def _train(

@@ -44,7 +44,9 @@ def run(config: LearnConfig, console: Console, *, install: bool = False, package
         EsperError: See :func:`~esper.tamiyo.pipeline.learn.learn`.
     """
     found = learn(config, console)
-    name = found.supervised.name + (" + PPO" if found.adopted else "")
+    name = found.supervised.name + (
+        f" + {found.ppo.share:g} PPO" if found.ppo is not None and found.adopted else ""
+    )
     card = model_card(config, found.data, found.supervised, found.tabled, found.ppo, adopted=found.adopted)
     path = write_weights(found.network, card, config.out)
     write_metrics(found.supervised, found.ppo, config.out / METRICS)
