@@ -48,7 +48,7 @@ from esper.tamiyo.recorder import Recorder
 
 __all__ = ["TamiyoCallback"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _WATCH_HORIZON = 10_000
 """Steps by which a watched run of unknown length is paced; nothing is decided then."""
 
@@ -122,9 +122,8 @@ class TamiyoCallback(ByHand, L.Callback):
         if stage == "fit" and self.config.policy == "off":
             check_watching(trainer)
         elif stage == "fit":
-            check_trainer(
-                trainer, TamiyoCallback
-            )  # first, because it looks at what the module could do before
+            # first, because it looks at what the module could do before
+            check_trainer(trainer, TamiyoCallback)
         follow_state_dict(pl_module)
         self._stage = stage
         if stage != "fit" and shards(trainer):
@@ -175,9 +174,8 @@ class TamiyoCallback(ByHand, L.Callback):
         self._last_step = trainer.global_step
         restored, self._restored = self._restored, None
         if restored is None and self._controller is not None and not same_run:
-            self.run_id = uuid.uuid4().hex[
-                :12
-            ]  # a run of its own, whose events may stand in the same journal
+            # a run of its own, whose events may stand in the same journal
+            self.run_id = uuid.uuid4().hex[:12]
         self._records = Records(
             self.config,
             self.run_id,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from typing import TypeVar
+
+from esper.threads import one_thread_for_children
 
 __all__ = ["run_all"]
 
@@ -54,7 +54,10 @@ def _results(
             yield index, work(task)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's thread pools in any state
-    with _one_thread(), ProcessPoolExecutor(num_workers, mp_context=context, initializer=prepare) as pool:
+    with (
+        one_thread_for_children(),
+        ProcessPoolExecutor(num_workers, mp_context=context, initializer=prepare) as pool,
+    ):
         futures = {pool.submit(work, task): index for index, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):
@@ -62,17 +65,3 @@ def _results(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Workers read this while they start; more threads than cores make small nets slower, not faster."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before

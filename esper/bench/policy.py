@@ -142,14 +142,19 @@ def run(
             )
     if out:
         options = {
-            "weights": weights, "value_weights": value_weights, "hosts": hosts, "repeats": repeats,
-            "families": found, "first_host": first_host, "max_steps": max_steps, "notes": notes,
-            "arms": {name: msgspec.to_builtins(arm) for name, arm in playing.items()},
+            "hosts": hosts, "repeats": repeats, "families": found, "first_host": first_host,
+            "max_steps": max_steps, "notes": notes,
+            "arms": {name: _without_folder(msgspec.to_builtins(arm)) for name, arm in playing.items()},
         }  # fmt: skip
         rows = [msgspec.to_builtins(trial) for trial in trials]
         write_record(out, benchmark="policy", options=options, figures=figures, runs=rows)
         write_pages(trials, names, rules, accuracies, Path(out), notes)
     return figures
+
+
+def _without_folder(arm: dict[str, Any]) -> dict[str, Any]:
+    """An arm as it is recorded: its weights are known by their digest, wherever they lay on this machine."""
+    return arm | {"weights": Path(arm["weights"]).name} if "weights" in arm else arm
 
 
 def _play(

@@ -95,10 +95,8 @@ def _decision(event: DecisionRecord) -> Sentence:
             "refused",
             f"to {decision.action} {what} — {refused} (wanted because: {decision.reason or '?'})",
         )
-    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled", "hold": "held"}[
-        decision.action
-    ]
-    return done, what + why
+    done = {"germinate": "germinated", "cull": "culled", "recycle": "recycled", "hold": "held"}
+    return done[decision.action], what + why
 
 
 def _why(reason: str, numbers: Mapping[str, float]) -> str:

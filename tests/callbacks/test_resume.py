@@ -309,7 +309,7 @@ def test_more_epochs_on_the_same_trainer_count_on(tmp_path):
 
 def test_a_state_of_another_version_is_refused(tmp_path):
     callback = growing(tmp_path)
-    with pytest.raises(CheckpointError, match="version 99, this esper reads 1"):
+    with pytest.raises(CheckpointError, match="version 99, this esper reads 2"):
         callback.load_state_dict({"version": 99})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from esper.errors import ConfigError, EsperError
+from esper.threads import one_thread_for_children
 
 __all__ = ["LocalWorkers", "WorkerError"]
 
@@ -106,7 +106,7 @@ class LocalWorkers:
         context = multiprocessing.get_context(
             "spawn"
         )  # a fork would inherit torch's thread pools in any state
-        with _one_thread_variable():
+        with one_thread_for_children():
             while len(self._workers) < count:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs,), daemon=True)
@@ -178,17 +178,3 @@ def _one_thread_here() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _one_thread_variable() -> Iterator[None]:
-    """Workers read this while they start: libraries size their thread pools by it."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from esper.tamiyo.oracle.plan import StatePlan
 from esper.tamiyo.oracle.shards import finished, read_shards, write_shard
 from esper.tamiyo.oracle.table import write_table
 from esper.tamiyo.oracle.trials import TRIED, try_state
+from esper.threads import one_thread_for_children
 
 __all__ = ["Report", "generate", "merge"]
 
@@ -110,7 +109,7 @@ def _results(
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's thread pools in any state
     with (
-        _one_thread(),
+        one_thread_for_children(),
         ProcessPoolExecutor(num_workers, mp_context=context, initializer=_prepare) as pool,
     ):
         waiting = list(reversed(todo))
@@ -131,20 +130,6 @@ def _prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Workers read this while they start; more threads than cores make small nets slower, not faster."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 class _Progress:
